@@ -1,0 +1,1 @@
+"""Corpora that two chapters share."""

@@ -1,0 +1,1 @@
+"""Operations with a reference, a fast torch path and a Triton kernel: one file each."""

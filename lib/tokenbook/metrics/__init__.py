@@ -1,0 +1,1 @@
+"""What the chapters measure, with intervals."""

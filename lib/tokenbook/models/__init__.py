@@ -1,0 +1,1 @@
+"""Model code that two chapters share and transformers lacks."""

@@ -1,0 +1,1 @@
+"""Runs of chapters: notebooks as files, executed, stored, found again."""
