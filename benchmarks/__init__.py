@@ -1,1 +1,0 @@
-"""Operations measured against their peers, side by side: `python -m benchmarks`."""

@@ -1,0 +1,109 @@
+"""The scoreboard: every claim of every chapter, as plain Markdown tables.
+
+The filter in the browser (`book/_static/scoreboard.js`) reads these tables; without it they stay readable.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tokenbook.ledger import number
+from tokenbook.pages.material import VERDICTS, Material, totals
+from tokenbook.papers import CAVEATS
+
+# The sign repeats the word, so that nobody depends on the colour.
+SIGNS = {"reproduced": "✓", "direction only": "↗", "not reproduced": "✗", "untested": "○"}
+
+INTRO = """# The scoreboard
+
+Every claim of every chapter: the paper's figure, ours with its interval, the threshold that was fixed before
+the run, what the control gave, and the verdict that follows from them. A verdict is computed, never typed;
+[](how-to-read.md) says by which rule.
+"""
+
+
+def page(materials: list[Material]) -> str:
+    """The page `book/scoreboard.md`."""
+    blocks = [INTRO]
+    if any(material.claims for material in materials):
+        blocks += ["## Totals\n", totals_table(materials, link="../notebooks/{}.ipynb")]
+    else:
+        blocks.append("No chapter has been executed yet.\n")
+    blocks += [_chapter(material) for material in materials]
+    return "\n".join(blocks)
+
+
+def badge(verdict: str) -> str:
+    """A verdict as a coloured word with its sign."""
+    return f'<span class="verdict verdict-{verdict.replace(" ", "-")}">{SIGNS[verdict]} {verdict}</span>'
+
+
+def totals_table(materials: list[Material], link: str) -> str:
+    """Claims by chapter and verdict. `link` is a path with a place for the chapter's name."""
+    heads = ["Chapter", *VERDICTS, "claims"]
+    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    for material in materials:
+        counts = totals([material])
+        title = f"[{cell(material.chapter.paper.title)}]({link.format(material.chapter.name)})"
+        lines.append(_row([title, *[str(n) for n in counts.values()], str(sum(counts.values()))]))
+    counts = totals(materials)
+    lines.append(_row([f"**{text}**" for text in ("All", *counts.values(), sum(counts.values()))]))
+    return "\n".join(lines) + "\n"
+
+
+def cell(text: str) -> str:
+    """Text made safe for a cell of a Markdown table: nothing in it is markup."""
+    text = re.sub(r"\s+", " ", text.strip())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]|$~#])", r"\\\1", text)
+
+
+def _chapter(material: Material) -> str:
+    paper = material.chapter.paper
+    head = f"## {cell(paper.title)}\n\n{cell(paper.authors)}, {paper.year}. "
+    head += f"[The chapter](../notebooks/{material.chapter.name}.ipynb)"
+    if not material.ledger:
+        return f"{head}. It has not been executed yet, so no claim is judged.\n"
+    lines = [
+        f"{head}, run at scale `{material.ledger['scale']}`.\n",
+        _row(["Claim", "The paper", "Ours [interval], and the threshold", "Control", "Verdict"]),
+        _row(["---"] * 5),
+        *[_row(_cells(claim)) for claim in material.claims],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(claim: dict[str, Any]) -> list[str]:
+    caveat = CAVEATS.get(claim.get("source", ""), "")
+    where = "; ".join(filter(None, [claim.get("where", ""), caveat]))
+    paper = cell(claim["paper"]) + (f"<br><small>{cell(where)}</small>" if where else "")
+    ours = "<br>".join(_criterion(c) for c in claim["criteria"]) or "–"
+    verdict = badge(claim["verdict"])
+    if claim.get("reason"):
+        verdict += f"<br><small>{cell(claim['reason'])}</small>"
+    return [f"**{cell(claim['claim'])}** {cell(claim['statement'])}", paper, ours, _control(claim), verdict]
+
+
+def _criterion(criterion: dict[str, Any]) -> str:
+    interval = criterion["interval"]
+    bounds = f" [{number(interval[0])}, {number(interval[1])}]" if interval else ""
+    unit = f" {cell(criterion['unit'])}" if criterion["unit"] else ""
+    value = f"**{number(criterion['measured'])}{unit}**{cell(bounds)}"
+    return f"{cell(criterion['what'])}: {value}, wanted {cell(criterion['threshold'])}"
+
+
+def _control(claim: dict[str, Any]) -> str:
+    if not claim["control"]:
+        return "–"
+    values = [
+        f"{number(c['control'])}{' ' + c['unit'] if c['unit'] else ''}"
+        for c in claim["criteria"]
+        if c["control"] is not None
+    ]
+    gave = f": **{cell(', '.join(values))}**" if values else ""
+    return f"{cell(claim['control']['what'])}{gave}"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,85 @@
+"""The status page: what ran where, when, how long, and on which versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenbook.pages.material import Material
+from tokenbook.pages.scoreboard import cell
+
+INTRO = """# Status
+
+What the numbers in this book come from: for every chapter the run whose outputs are shown, on which device
+it ran, when, for how long, and with which versions. Running a chapter again ([](how-to-run.md)) and rendering
+the book replaces its row.
+"""
+# Versions shown first, where a run has them; all others follow by name.
+FIRST = ("python", "torch", "triton", "transformers", "numpy")
+
+
+def page(materials: list[Material]) -> str:
+    """The page `book/status.md`."""
+    if not materials:
+        return f"{INTRO}\nThere is no chapter yet.\n"
+    heads = ["Chapter", "Outcome", "Scale", "Device", "Seconds", "Peak memory", "Finished", "Run"]
+    table = [_row(heads), _row(["---"] * 4 + ["---:"] * 2 + ["---"] * 2)]
+    table += [_row(_cells(material)) for material in materials]
+    return "\n".join([INTRO, *table, "", _parameters(materials), _versions(materials)])
+
+
+def _cells(material: Material) -> list[str]:
+    facts, name = material.provenance, material.chapter.name
+    seconds = facts.get("seconds")
+    seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
+    peak = facts.get("peak_memory_mib")
+    if not material.ledger:
+        outcome = "not executed yet"
+    else:
+        outcome = facts.get("status", "executed")
+    return [
+        f"[{name}](../notebooks/{name}.ipynb)",
+        outcome if material.is_run else f"{outcome}, outputs as committed",
+        material.ledger["scale"] if material.ledger else "–",
+        cell(_device(facts.get("device"))),
+        f"{seconds:.0f}" if isinstance(seconds, int | float) else "–",
+        f"{peak:,.0f} MiB" if isinstance(peak, int | float) else "–",
+        cell(str(facts.get("finished") or "–")),
+        f"`{str(facts['key'])[:12]}`" if facts.get("key") else "–",
+    ]
+
+
+def _device(device: Any) -> str:
+    if isinstance(device, dict):
+        return ", ".join(str(value) for value in device.values() if value not in (None, ""))
+    return str(device) if device else "–"
+
+
+def _parameters(materials: list[Material]) -> str:
+    lines = ["## Parameters\n"]
+    for material in materials:
+        if material.ledger:
+            given = ", ".join(f"{k} = {v!r}" for k, v in material.ledger["parameters"].items())
+            lines.append(f"- **{material.chapter.name}**: `{given}`")
+    return "\n".join(lines) + "\n" if len(lines) > 1 else ""
+
+
+def _versions(materials: list[Material]) -> str:
+    """One table, one column per chapter, or one line where all chapters agree."""
+    by_chapter = {m.chapter.name: m.provenance.get("versions") or {} for m in materials}
+    names = {name for versions in by_chapter.values() for name in versions}
+    if not names:
+        return ""
+    order = [n for n in FIRST if n in names] + sorted(names - set(FIRST))
+    lines = ["## Versions\n"]
+    if len({tuple(sorted(versions.items())) for versions in by_chapter.values()}) == 1:
+        versions = next(iter(by_chapter.values()))
+        said = "The same in every chapter: " if len(by_chapter) > 1 else ""
+        return "\n".join([*lines, said + ", ".join(f"{n} {versions[n]}" for n in order) + "."]) + "\n"
+    lines += [_row(["Chapter", *order]), _row(["---"] * (len(order) + 1))]
+    for chapter, versions in by_chapter.items():
+        lines.append(_row([chapter, *[str(versions.get(name, "–")) for name in order]]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
