@@ -1,0 +1,1 @@
+"""Operations measured against their peers, side by side: `python -m benchmarks`."""
