@@ -12,9 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# Where a figure of the paper is known from. The last two are shown to readers with a caveat.
-Source = Literal["abstract", "paper", "repository", "config", "second-hand", "recalled"]
-CAVEATS = {"second-hand": "known at second hand, to be verified", "recalled": "from memory, to be verified"}
+# Where a figure of the paper is known from. The last three are shown to readers with a caveat.
+Source = Literal["abstract", "paper", "repository", "config", "second-hand", "recalled", "ours"]
+CAVEATS = {
+    "second-hand": "known at second hand, to be verified",
+    "recalled": "from memory, to be verified",
+    "ours": "our own check, no claim of the paper",
+}
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
