@@ -15,6 +15,7 @@ from tokenbook.papers import project_root
 
 ROOT = project_root(Path(__file__).parent)
 
+PART = "Tokens that are edited"
 PAPER = """
 title = "{title}"
 authors = "A. Nobody and B. Noone"
@@ -98,10 +99,9 @@ def make(folder: Path, names: tuple[str, ...] = ("first", "second")) -> Path:
     shutil.rmtree(folder / "book" / "sweeps", ignore_errors=True)
     (folder / "book" / "papers").mkdir()
     (folder / "notebooks").mkdir()
-    parts = '[[parts]]\nname = "editing"\ntitle = "Tokens that are edited"\n'
-    (folder / "book" / "parts.toml").write_text(parts)
+    (folder / "book" / "parts.toml").write_text(f'[[parts]]\ntitle = "{PART}"\npage = "editing"\n')
     for name in names:
-        paper = PAPER.format(title=f"The {name} paper: tokens & <positions>", part="editing")
+        paper = PAPER.format(title=f"The {name} paper: tokens & <positions>", part=PART)
         (folder / "book" / "papers" / f"{name}.toml").write_text(paper)
         notebook = folder / "notebooks" / f"{name}.ipynb"
         nbformat.write(chapter(folder, name), notebook)

@@ -54,8 +54,10 @@ def test_runs_of_an_unknown_chapter_are_refused(root, tmp_path):
 
 def test_a_paper_in_an_unknown_part_is_refused(root):
     paper = root / "book" / "papers" / "first.toml"
-    paper.write_text(paper.read_text().replace('part = "editing"', 'part = "nowhere"'))
-    with pytest.raises(pages.PageError, match=r"part must be one of editing .* got 'nowhere'"):
+    paper.write_text(paper.read_text().replace(sample_book.PART, "nowhere"))
+    with pytest.raises(
+        pages.PageError, match=r"part must be one of .*Tokens that are edited.*, got 'nowhere'"
+    ):
         pages.toc(root)
 
 
