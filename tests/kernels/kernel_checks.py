@@ -68,8 +68,8 @@ def recorded_launches(monkeypatch, module, name: str) -> list[tuple[tuple, dict]
 def compiled_ptx(kernel, arguments: tuple, options: dict, capability: int = 90) -> str:
     """Compile a launch for an NVIDIA GPU of this compute capability, which need not be there; the PTX.
 
-    Triton's front end and ptxas find most of what the interpreter lets pass: types, shapes that are no power of
-    two, functions that exist on the CPU only.
+    Triton's front end and ptxas find most of what the interpreter lets pass: types, shapes that are no power
+    of two, functions that exist on the CPU only.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
