@@ -16,9 +16,9 @@ ROOT = project_root(Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory) -> Path:
-    """The committed book, rendered by the same call as `tokenbook build`; a warning fails it."""
-    return pages.render(ROOT, output=tmp_path_factory.mktemp("book")).parent
+def html(book_html) -> Path:
+    """The folder of the rendered book."""
+    return book_html
 
 
 @pytest.fixture(scope="module")
