@@ -6,9 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
 from tokenbook import hub
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture

@@ -58,6 +58,15 @@ def test_none_takes_the_preset_of_its_scale(spec, scale, edits, model):
     assert (values["n_edits"], values["model"]) == (edits, model)
 
 
+def test_empty_text_stands_for_the_preset_even_where_only_some_texts_are_allowed():
+    spec = Spec(
+        "demo", {"scale": "str", "dtype": "str"}, {"dtype": {"choices": ["float32"], "small": "float32"}}
+    )
+    assert spec.resolve({"scale": "small", "dtype": ""})["dtype"] == "float32"
+    with pytest.raises(ParameterError, match="dtype must be one of float32; got ''"):
+        spec.resolve({"scale": "paper", "dtype": ""})
+
+
 def test_a_value_that_is_given_wins_over_the_preset(spec):
     assert spec.resolve({"scale": "paper", "n_edits": 2, "model": "a/b"})["n_edits"] == 2
 

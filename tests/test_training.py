@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
-
 from tokenbook import training
 
 

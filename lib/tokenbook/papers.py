@@ -12,9 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-# Where a figure of the paper is known from. The last two are shown to readers with a caveat.
-Source = Literal["abstract", "paper", "repository", "config", "second-hand", "recalled"]
-CAVEATS = {"second-hand": "known at second hand, to be verified", "recalled": "from memory, to be verified"}
+# Where a figure of the paper is known from. The last three are shown to readers with a caveat.
+Source = Literal["abstract", "paper", "repository", "config", "second-hand", "recalled", "ours"]
+CAVEATS = {
+    "second-hand": "known at second hand, to be verified",
+    "recalled": "from memory, to be verified",
+    "ours": "our own check, no claim of the paper",
+}
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -127,7 +131,7 @@ class Paper(BaseModel):
 
 
 def project_root(start: Path | None = None) -> Path:
-    """Folder that holds `book/papers` and `notebooks`.
+    """Folder of the project: the one that holds `book/papers`.
 
     Looked for in TOKENBOOK_ROOT, then upwards from `start` (the working directory), then around this package.
     """
@@ -135,7 +139,7 @@ def project_root(start: Path | None = None) -> Path:
         return Path(os.environ["TOKENBOOK_ROOT"]).resolve()
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
-        if (folder / "book" / "papers").is_dir() and (folder / "notebooks").is_dir():
+        if (folder / "book" / "papers").is_dir():
             return folder
     raise PaperError("no project found: start inside a clone of Tokenbook, or set TOKENBOOK_ROOT to one")
 

@@ -202,16 +202,16 @@ class Spec:
 
         None, and the empty text where the scale has a preset for it, stand for "not given".
         """
-        values = {name: self.check(name, value) for name, value in {**self.defaults, **given}.items()}
-        scale = values.get("scale") or "small"
+        values = {**self.defaults, **given}
+        scale = self.check("scale", values.get("scale")) or "small" if "scale" in self.types else "small"
         for name, value in values.items():
+            self.known(name)
             preset = self.rules[name].get(scale)
-            if value is None or (value == "" and preset is not None):
-                if preset is None and not self.rules[name].get("optional"):
-                    raise ParameterError(
-                        f"{name} has no preset for scale {scale}: it must be {self.takes(name)}"
-                    )
-                values[name] = self.check(name, preset)
+            if value == "" and preset is not None:
+                value = None
+            if value is None and preset is None and not self.rules[name].get("optional"):
+                raise ParameterError(f"{name} has no preset for scale {scale}: it must be {self.takes(name)}")
+            values[name] = self.check(name, preset if value is None else value)
         return values
 
 

@@ -53,6 +53,8 @@ def pytest_runtest_protocol(item, nextitem):
     for report in child.reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the test before left set up for this one's module would otherwise outlive it.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

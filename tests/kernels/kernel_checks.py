@@ -51,3 +51,57 @@ def guarded(tensor: torch.Tensor, margin: int = 64) -> tuple[torch.Tensor, calla
         assert flat[margin + n :].isnan().all(), "written behind the buffer"
 
     return flat[margin : margin + n].view(tensor.shape), check
+
+
+def recorded_launches(monkeypatch, module, name: str) -> list[tuple[tuple, dict]]:
+    """Replace the factory `module.name` of a kernel by one that only records each launch's arguments."""
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append((arguments, options))
+
+    monkeypatch.setattr(module, name, lambda: Recorder())
+    return launches
+
+
+def compiled_ptx(kernel, arguments: tuple, options: dict, capability: int = 90) -> str:
+    """Compile a launch for an NVIDIA GPU of this compute capability, which need not be there; the PTX.
+
+    Triton's front end and ptxas find most of what the interpreter lets pass: types, shapes that are no power
+    of two, functions that exist on the CPU only.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = given[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or is_one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TRITON_TYPES[value.dtype]
+        else:
+            signature[parameter.name] = (
+                "fp32" if type(value) is float else "i32" if abs(value) < 2**31 else "i64"
+            )
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    warps = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    return compile(source, target=target, options=warps).asm["ptx"]
+
+
+TRITON_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.bool: "i1",
+}

@@ -18,7 +18,7 @@ This module imports neither torch nor Triton.
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "TOKENBOOK_BACKEND"
@@ -31,6 +31,7 @@ def choose_backend(
     backend: str,
     tensors: Mapping[str, object],
     unsupported: str | Callable[[], str | None] | None = None,
+    float64_ok: Collection[str] = (),
 ) -> str:
     """Decide the backend of one call, remember it for `backends_used`, and return its name.
 
@@ -40,6 +41,7 @@ def choose_backend(
         tensors: the call's tensors by argument name; None values are left out. All must share one device.
         unsupported: why Triton cannot take this shape, dtype or option; None or "" where it can. A callable
             is asked only if Triton is in question.
+        float64_ok: names of arguments (frequencies, positions) that the kernel reads in float64.
 
     Returns: "triton", "torch" or "reference".
 
@@ -55,7 +57,11 @@ def choose_backend(
         on_cuda = any(device.type == "cuda" for device in devices.values())
         # "auto" never asks further on a CPU: the interpreter must be named to be used.
         wanted = requested == "triton" or on_cuda
-        reason = _why_not_triton(tensors, on_cuda, unsupported) if wanted else "the tensors are not on CUDA"
+        reason = (
+            _why_not_triton(tensors, on_cuda, unsupported, float64_ok)
+            if wanted
+            else "the tensors are not on CUDA"
+        )
         if requested == "triton" and reason:
             raise ValueError(f"{operation}: backend 'triton' cannot run here: {reason}")
         chosen = "torch" if reason else "triton"
@@ -102,12 +108,12 @@ def _requested(backend: str) -> str:
     return forced
 
 
-def _why_not_triton(tensors, on_cuda, unsupported) -> str | None:
+def _why_not_triton(tensors, on_cuda, unsupported, float64_ok) -> str | None:
     if not on_cuda and not interpreting():
         return "the tensors are not on CUDA and TRITON_INTERPRET=1 is not set"
     dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if t is not None}
     for name, dtype in dtypes.items():
-        if dtype in ("float64", "complex64", "complex128"):
+        if dtype in ("float64", "complex64", "complex128") and name not in float64_ok:
             return f"the kernels compute in float32 and {name} is {dtype}"
         if dtype == "bfloat16" and interpreting():
             return f"{name} is bfloat16, in which Triton's interpreter is silently wrong"

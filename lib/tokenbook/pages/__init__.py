@@ -9,6 +9,6 @@ All generated pages are plain Markdown: no directive, nothing that only one vers
 
 from tokenbook.pages.contents import PageError, chapters, toc
 from tokenbook.pages.generate import generated, stale, write
-from tokenbook.pages.render import RenderError, render
+from tokenbook.pages.rendering import RenderError, render
 
 __all__ = ["PageError", "RenderError", "chapters", "generated", "render", "stale", "toc", "write"]

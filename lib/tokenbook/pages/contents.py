@@ -1,7 +1,7 @@
 """What the book is made of: its chapters, their parts, and the table of contents that follows.
 
-A chapter exists when `notebooks/NAME.ipynb` exists; its paper file names its part; `book/parts.toml` gives
-the order of the parts. Nothing else has to be edited when a chapter is added.
+A chapter exists when `notebooks/NAME.ipynb` exists; its paper file names its part by title; `book/parts.toml`
+gives the order of the parts. Nothing else has to be edited when a chapter is added.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def chapters(root: Path) -> list[Chapter]:
 
     Raises PageError when a paper names a part that `book/parts.toml` does not have.
     """
-    order = [part["name"] for part in parts(root)]
+    order = [part["title"] for part in parts(root)]
     found = []
     for notebook in sorted((root / "notebooks").glob("*.ipynb")):
         paper = papers.load(notebook.stem, root)
         if paper.part not in order:
             raise PageError(
-                f"book/papers/{notebook.stem}.toml: part must be one of {', '.join(order)} "
-                f"(book/parts.toml), got {paper.part!r}"
+                f"book/papers/{notebook.stem}.toml: part must be one of the titles in book/parts.toml "
+                f"({'; '.join(order)}), got {paper.part!r}"
             )
         found.append(Chapter(notebook.stem, notebook, paper))
     return sorted(found, key=lambda chapter: (order.index(chapter.paper.part), chapter.name))
 
 
 def parts(root: Path) -> list[dict[str, str]]:
-    """The parts in their order, each with `name` and `title`."""
+    """The parts in their order, each with its `title` and its introducing `page`."""
     return tomllib.loads((root / "book" / "parts.toml").read_text("utf-8"))["parts"]
 
 
@@ -69,8 +69,8 @@ def toc(root: Path) -> str:
         by_part.setdefault(chapter.paper.part, []).append(f"notebooks/{chapter.name}")
     sections = [_pages(*BEFORE)]
     for part in parts(root):
-        if part["name"] in by_part:
-            files = [f"book/parts/{part['name']}", *by_part[part["name"]]]
+        if part["title"] in by_part:
+            files = [f"book/parts/{part['page']}", *by_part[part["title"]]]
             sections.append(_section(part["title"], files))
     if sweeps := sweep_pages(root):
         sections.append(_section("Sweeps", sweeps))

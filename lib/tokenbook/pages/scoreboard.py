@@ -1,6 +1,6 @@
 """The scoreboard: every claim of every chapter, as plain Markdown tables.
 
-The filter in the browser (`book/_static/scoreboard.js`) reads these tables; without it they stay readable.
+The filter in the browser (`book/_static/tokenbook.js`) reads these tables; without it they stay readable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from tokenbook.papers import CAVEATS
 # The sign repeats the word, so that nobody depends on the colour.
 SIGNS = {"reproduced": "✓", "direction only": "↗", "not reproduced": "✗", "untested": "○"}
 
-INTRO = """# The scoreboard
+INTRO = """---
+html_theme.sidebar_secondary.remove: true
+---
+
+# The scoreboard
 
 Every claim of every chapter: the paper's figure, ours with its interval, the threshold that was fixed before
 the run, what the control gave, and the verdict that follows from them. A verdict is computed, never typed;
@@ -65,16 +69,18 @@ def _chapter(material: Material) -> str:
     head += f"[The chapter](../notebooks/{material.chapter.name}.ipynb)"
     if not material.ledger:
         return f"{head}. It has not been executed yet, so no claim is judged.\n"
+    without = {claim.id: claim.no_control for claim in paper.claims}
     lines = [
         f"{head}, run at scale `{material.ledger['scale']}`.\n",
         _row(["Claim", "The paper", "Ours [interval], and the threshold", "Control", "Verdict"]),
         _row(["---"] * 5),
-        *[_row(_cells(claim)) for claim in material.claims],
+        *[_row(_cells(claim, without.get(claim["claim"], ""))) for claim in material.claims],
     ]
     return "\n".join(lines) + "\n"
 
 
-def _cells(claim: dict[str, Any]) -> list[str]:
+def _cells(claim: dict[str, Any], without: str) -> list[str]:
+    """The row of a claim; `without` says why it needs no control, where it has none."""
     caveat = CAVEATS.get(claim.get("source", ""), "")
     where = "; ".join(filter(None, [claim.get("where", ""), caveat]))
     paper = cell(claim["paper"]) + (f"<br><small>{cell(where)}</small>" if where else "")
@@ -82,27 +88,33 @@ def _cells(claim: dict[str, Any]) -> list[str]:
     verdict = badge(claim["verdict"])
     if claim.get("reason"):
         verdict += f"<br><small>{cell(claim['reason'])}</small>"
-    return [f"**{cell(claim['claim'])}** {cell(claim['statement'])}", paper, ours, _control(claim), verdict]
+    return [
+        f"**{cell(claim['claim'])}** {cell(claim['statement'])}",
+        paper,
+        ours,
+        _control(claim, without),
+        verdict,
+    ]
 
 
 def _criterion(criterion: dict[str, Any]) -> str:
     interval = criterion["interval"]
-    bounds = f" [{number(interval[0])}, {number(interval[1])}]" if interval else ""
-    unit = f" {cell(criterion['unit'])}" if criterion["unit"] else ""
-    value = f"**{number(criterion['measured'])}{unit}**{cell(bounds)}"
+    bounds = f" \\[{number(interval[0])}, {number(interval[1])}\\]" if interval else ""
+    value = f"**{_quantity(criterion['measured'], criterion['unit'])}**{bounds}"
     return f"{cell(criterion['what'])}: {value}, wanted {cell(criterion['threshold'])}"
 
 
-def _control(claim: dict[str, Any]) -> str:
+def _control(claim: dict[str, Any], without: str) -> str:
     if not claim["control"]:
-        return "–"
-    values = [
-        f"{number(c['control'])}{' ' + c['unit'] if c['unit'] else ''}"
-        for c in claim["criteria"]
-        if c["control"] is not None
-    ]
-    gave = f": **{cell(', '.join(values))}**" if values else ""
+        return f"none needed: {cell(without)}" if without else "–"
+    values = [_quantity(c["control"], c["unit"]) for c in claim["criteria"] if c["control"] is not None]
+    gave = f": **{', '.join(values)}**" if values else ""
     return f"{cell(claim['control']['what'])}{gave}"
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    """A number with its unit, which a line break must not part."""
+    return f"{number(value)}\u00a0{cell(unit)}" if unit else number(value)
 
 
 def _row(cells: list[str]) -> str:

@@ -7,7 +7,11 @@ from typing import Any
 from tokenbook.pages.material import Material
 from tokenbook.pages.scoreboard import cell
 
-INTRO = """# Status
+INTRO = """---
+html_theme.sidebar_secondary.remove: true
+---
+
+# Status
 
 What the numbers in this book come from: for every chapter the run whose outputs are shown, on which device
 it ran, when, for how long, and with which versions. Running a chapter again ([](how-to-run.md)) and rendering

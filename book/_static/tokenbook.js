@@ -1,22 +1,33 @@
-// The scoreboard's filter. It reads the page's own tables; without it they are all there, unfiltered.
+// Makes claims tables readable on a phone, and adds the filter to the scoreboard. Everything here works on the
+// page's own tables; without it they are all there, in full.
 "use strict";
 
 document.addEventListener("DOMContentLoaded", () => {
-  const page = document.getElementById("the-scoreboard");
-  if (!page) return;
-  const tables = [...page.querySelectorAll("table")].filter((table) => table.querySelector("td .verdict"));
-  if (!tables.length) return;
-  const rows = tables.flatMap((table) => [...table.tBodies[0].rows]);
-  tables.forEach(labelCells);
+  const scored = [...document.querySelectorAll("#the-scoreboard table")].filter((t) => t.querySelector("td .verdict"));
+  [...scored, ...document.querySelectorAll("table.ledger, table.claims")].forEach(labelCells);
+  if (scored.length) addFilter(scored);
+});
 
+// Each cell learns the head of its column: on a narrow screen a row becomes a card, and each cell says what it is.
+function labelCells(table) {
+  const heads = [...table.tHead.rows[0].cells].map((cell) => cell.textContent.trim());
+  table.classList.add("as-cards");
+  for (const row of table.tBodies[0].rows) {
+    [...row.cells].forEach((cell, i) => (cell.dataset.head = heads[i]));
+  }
+}
+
+function addFilter(tables) {
+  const rows = tables.flatMap((table) => [...table.tBodies[0].rows]);
   const { form, query, boxes, status } = buildForm(rows);
-  page.insertBefore(form, tables[0].closest("section"));
+  const first = tables[0].closest("section");
+  first.parentElement.insertBefore(form, first);
   const show = () => {
     const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
     const wanted = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
     let shown = 0;
     for (const row of rows) {
-      const text = (row.textContent + " " + row.closest("section").querySelector("h2").textContent).toLowerCase();
+      const text = (row.closest("section").querySelector("h2").textContent + " " + row.textContent).toLowerCase();
       const keep = wanted.has(verdictOf(row)) && words.every((word) => text.includes(word));
       row.classList.toggle("is-filtered-out", !keep);
       shown += keep;
@@ -28,22 +39,13 @@ document.addEventListener("DOMContentLoaded", () => {
     status.textContent = `${shown} of ${rows.length} claims shown`;
   };
   form.addEventListener("input", show);
-  form.addEventListener("reset", () => setTimeout(show));
   form.addEventListener("submit", (event) => event.preventDefault());
   show();
-});
+}
 
 // "✓ reproduced" -> "reproduced"
 function verdictOf(row) {
   return row.querySelector(".verdict").textContent.replace(/^\S+\s/, "").trim();
-}
-
-function labelCells(table) {
-  const heads = [...table.tHead.rows[0].cells].map((cell) => cell.textContent.trim());
-  table.classList.add("scoreboard-cards");
-  for (const row of table.tBodies[0].rows) {
-    [...row.cells].forEach((cell, i) => (cell.dataset.head = heads[i]));
-  }
 }
 
 function buildForm(rows) {

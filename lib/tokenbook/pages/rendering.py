@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def _synchronise(source: Path, files: dict[str, bytes]) -> None:
 def _jupyter_book(build: Path) -> None:
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     command += [str(build / "source"), "--path-output", str(build.parent), "-W", "--keep-going", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NO_COLOR": "1"})
     if done.returncode == 0 and (build / "html" / "index.html").is_file():
         return
     # The next incremental build would not repeat the warnings of pages that it has already read.

@@ -1,0 +1,141 @@
+"""The generated pages and the renderer, on a small book of two chapters that never existed."""
+
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import sample_book
+from bs4 import BeautifulSoup
+
+from tokenbook import pages
+from tokenbook.pages import rendering, scoreboard
+from tokenbook.pages.material import gather, totals
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return sample_book.make(tmp_path / "project")
+
+
+def test_totals_count_every_claim_of_every_chapter(root):
+    expected = {"reproduced": 2, "direction only": 2, "not reproduced": 2, "untested": 2}
+    assert totals(gather(root)) == expected
+    readme = pages.generated(root)["README.md"]
+    assert "2 chapters, 8 claims" in readme
+    assert "2 reproduced, 2 direction only, 2 not reproduced, 2 untested" in readme
+
+
+def test_writing_twice_changes_nothing_and_a_changed_notebook_makes_pages_stale(root):
+    assert pages.write(root)
+    assert pages.write(root) == []
+    assert pages.stale(root) == []
+    nbformat.write(sample_book.chapter(root, "first", saved=10.0), root / "notebooks" / "first.ipynb")
+    assert set(pages.stale(root)) == {"book/scoreboard.md", "book/index.md", "README.md"}
+
+
+def test_a_page_changed_by_hand_is_stale(root):
+    pages.write(root)
+    (root / "book" / "scoreboard.md").write_text("# The scoreboard\n\nAll reproduced.\n")
+    assert pages.stale(root) == ["book/scoreboard.md"]
+
+
+def test_a_run_wins_over_the_committed_notebook(root, tmp_path):
+    run = sample_book.run(root, tmp_path / "store", "first", saved=10.0)
+    page = pages.generated(root, {"first": run})["book/scoreboard.md"]
+    assert "**10\u00a0%**" in page
+    assert totals(gather(root, {"first": run}))["reproduced"] == 1
+
+
+def test_runs_of_an_unknown_chapter_are_refused(root, tmp_path):
+    with pytest.raises(pages.PageError, match="no chapter 'third': there are first, second"):
+        pages.generated(root, {"third": tmp_path})
+
+
+def test_a_paper_in_an_unknown_part_is_refused(root):
+    paper = root / "book" / "papers" / "first.toml"
+    paper.write_text(paper.read_text().replace(sample_book.PART, "nowhere"))
+    with pytest.raises(
+        pages.PageError, match=r"part must be one of .*Tokens that are edited.*, got 'nowhere'"
+    ):
+        pages.toc(root)
+
+
+def test_a_notebook_that_was_not_executed_is_said_to_be_so(root):
+    notebook = sample_book.chapter(root, "first")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    nbformat.write(notebook, root / "notebooks" / "first.ipynb")
+    page = pages.generated(root)["book/scoreboard.md"]
+    assert "It has not been executed yet, so no claim is judged." in page
+    assert sum(totals(gather(root)).values()) == 4
+
+
+def test_a_broken_notebook_is_named(root):
+    (root / "notebooks" / "first.ipynb").write_text('{"cells": [')
+    with pytest.raises(pages.PageError, match=r"cannot read the notebook .*first\.ipynb"):
+        pages.generated(root)
+
+
+@pytest.mark.parametrize(
+    "text", ["a | b", "`code`", "*not* bold", "x < 5 > y", "$5 & $6", "[a](b)", "# 1", "~~x~~"]
+)
+def test_text_in_a_table_cell_is_shown_as_it_stands(text):
+    from markdown_it import MarkdownIt
+
+    table = f"| head |\n| --- |\n| {scoreboard.cell(text)} |\n"
+    html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(table)
+    soup = BeautifulSoup(html, "html.parser")
+    assert soup.td.decode_contents() == soup.td.get_text().replace("&", "&amp;").replace("<", "&lt;").replace(
+        ">", "&gt;"
+    )
+    assert soup.td.get_text() == text
+
+
+def test_rendering_is_skipped_when_nothing_changed_and_repeated_when_a_number_did(
+    root, tmp_path, monkeypatch
+):
+    calls = []
+    real = subprocess.run
+    monkeypatch.setattr(rendering.subprocess, "run", lambda *a, **k: (calls.append(a), real(*a, **k))[1])
+    first = pages.render(root)
+    assert first == root / "_build" / "html" / "index.html"
+    pages.render(root)
+    assert len(calls) == 1
+    run = sample_book.run(root, tmp_path / "store", "first", saved=10.0)
+    pages.render(root, {"first": run})
+    assert len(calls) == 2
+    html = first.parent
+    assert "10\u00a0%" in (html / "book" / "scoreboard.html").read_text()
+    assert "[9.8, 10.2]" in (html / "notebooks" / "first.html").read_text()
+
+
+def test_a_warning_fails_the_rendering_every_time_and_says_which(root):
+    page = root / "book" / "how-to-read.md"
+    page.write_text(page.read_text() + "\nSee [nowhere](nowhere.md).\n")
+    for _ in range(2):
+        with pytest.raises(pages.RenderError, match="nowhere"):
+            pages.render(root)
+    page.write_text(page.read_text().replace("\nSee [nowhere](nowhere.md).\n", ""))
+    pages.render(root)
+
+
+def test_staged_files_that_no_longer_exist_are_removed(root):
+    source = root / "_build" / "source"
+    rendering.stage(root, source)
+    for path in ("notebooks/second.ipynb", "book/papers/second.toml"):
+        (root / path).unlink()
+    rendering.stage(root, source)
+    assert not (source / "notebooks" / "second.ipynb").exists()
+    assert "notebooks/second" not in (source / "_toc.yml").read_text()
+
+
+def test_unchanged_staged_files_keep_their_time(root):
+    source = root / "_build" / "source"
+    rendering.stage(root, source)
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*") if path.is_file()}
+    nbformat.write(sample_book.chapter(root, "first", saved=10.0), root / "notebooks" / "first.ipynb")
+    rendering.stage(root, source)
+    changed = {p.relative_to(source).as_posix() for p, time in before.items() if p.stat().st_mtime_ns != time}
+    assert changed == {"notebooks/first.ipynb", "book/scoreboard.md", "book/index.md"}
