@@ -1,5 +1,6 @@
 """The generated pages and the renderer, on a small book of two chapters that never existed."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import sample_book
 from bs4 import BeautifulSoup
 
 from tokenbook import pages
-from tokenbook.pages import rendering, scoreboard
+from tokenbook.pages import rendering, words
 from tokenbook.pages.material import gather, totals
 
 
@@ -84,7 +85,7 @@ def test_a_broken_notebook_is_named(root):
 def test_text_in_a_table_cell_is_shown_as_it_stands(text):
     from markdown_it import MarkdownIt
 
-    table = f"| head |\n| --- |\n| {scoreboard.cell(text)} |\n"
+    table = f"| head |\n| --- |\n| {words.cell(text)} |\n"
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(table)
     soup = BeautifulSoup(html, "html.parser")
     assert soup.td.decode_contents() == soup.td.get_text().replace("&", "&amp;").replace("<", "&lt;").replace(
@@ -139,3 +140,78 @@ def test_unchanged_staged_files_keep_their_time(root):
     rendering.stage(root, source)
     changed = {p.relative_to(source).as_posix() for p, time in before.items() if p.stat().st_mtime_ns != time}
     assert changed == {"notebooks/first.ipynb", "book/scoreboard.md", "book/index.md"}
+
+
+def _result(root: Path, kind: str, rows: list[dict], name: str = "rope") -> None:
+    folder = root / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "operation": name,
+        "measured_on": "2031-01-01",
+        "device": {"kind": kind, "name": "Some | Device", "threads": 2},
+        "versions": {"torch": "2.13.0"},
+        "tests": {"passed": 12 if rows else 0, "failed": 0 if rows else 1},
+        "command": f"python -m benchmarks {name}",
+        "rows": rows,
+    }
+    (folder / f"{name}.{kind}.json").write_text(json.dumps(result))
+
+
+def _row(variant: str, median: float | None, **changes) -> dict:
+    row = {"case": "shift", "shape": {"B": 1, "T": 512}, "dtype": "float32", "direction": "forward"}
+    row |= {"variant": variant, "median_ms": median, "low_ms": median, "high_ms": median, "peak_mib": 1.5}
+    return row | {"floor_ms": 0.5, "note": ""} | changes
+
+
+def test_the_kernels_page_says_so_when_there_is_no_result(root):
+    assert "No benchmark result is committed yet." in pages.generated(root)["book/kernels.md"]
+
+
+def test_the_kernels_page_shows_times_against_ours_and_says_when_no_gpu_was_at_hand(root):
+    rows = [_row("ours", 2.0), _row("eager", 5.0), _row("peer", None, note="not installed")]
+    _result(root, "cpu", rows)
+    files = pages.generated(root)
+    page = files["book/kernels.md"]
+    assert "No result from a GPU is committed yet." in page
+    assert "Some \\| Device, 2 threads" in page
+    assert "12 tests passed in the same run" in page
+    assert "| eager | 5 | 5 to 5 | 2.50 | 1.5 MiB |  |" in page
+    assert "| peer | – | – | – | 1.5 MiB | not installed |" in page
+    assert ">eager</text>" in files["book/figures/kernel-rope.cpu.svg"]
+    assert ">peer</text>" not in files["book/figures/kernel-rope.cpu.svg"]
+    _result(root, "cuda", rows)
+    assert "No result from a GPU" not in pages.generated(root)["book/kernels.md"]
+
+
+def test_the_kernels_page_gives_no_speed_where_tests_failed(root):
+    _result(root, "cpu", [])
+    page = pages.generated(root)["book/kernels.md"]
+    assert "Its tests failed in that run, so no speed was measured." in page
+    assert "![" not in page
+
+
+def test_a_result_without_its_device_is_refused(root):
+    _result(root, "cpu", [_row("ours", 2.0)])
+    path = root / "benchmarks" / "results" / "rope.cpu.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "device"}))
+    with pytest.raises(pages.PageError, match=r"rope\.cpu\.json lacks 'device'"):
+        pages.generated(root)
+
+
+def test_the_status_page_says_what_ran_where_when_and_how_long(root, tmp_path):
+    run = sample_book.run(root, tmp_path / "store", "first", saved=97.2)
+    record = json.loads((run / "record.json").read_text())
+    record |= {
+        "seconds": 61.4,
+        "finished": "2031-05-04T12:30:59.123+00:00",
+        "peak_memory_mib": 1234.5,
+        "device": {"kind": "cpu", "processor": "Some CPU", "cores": 2, "memory_gib": 7.8, "threads": 1},
+        "versions": {"numpy": "2.4.6", "python": "3.12.1", "torch": "2.13.0"},
+    }
+    (run / "record.json").write_text(json.dumps(record))
+    page = pages.generated(root, {"first": run})["book/status.md"]
+    device = "cpu, Some CPU, 2 cores, 7.8 GiB, 1 threads"
+    assert f"| done | small | {device} | 61 | 1,234 MiB | 2031-05-04 12:30 UTC | `0123456789ab` |" in page
+    assert "| second | – | – | – |" in page
+    assert "| first | 3.12.1 | 2.13.0 | 2.4.6 |" in page
+    assert "[second](../notebooks/second.ipynb) | executed, outputs as committed" in page

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tokenbook.ledger import number
+from tokenbook.pages import kernel_figure
 from tokenbook.pages.contents import PageError
-from tokenbook.pages.picture import FONTS, PALETTES
-from tokenbook.pages.scoreboard import cell
+from tokenbook.pages.words import cell, device
+from tokenbook.pages.words import row as line
 
 INTRO = """# The kernels
 
 The operations that chapters share, measured against their peers, side by side in one run. Of each call the
 median is shown, with the quartiles; the floor is a plain copy, on the same device, of as many bytes as the
-operation has to read and write. A speed is written down only where the operation's own tests passed in that
-same run. `make bench` measures again on the machine at hand.
+operation has to read and write. The first variant of each table is ours. A speed is written down only where
+the operation's own tests passed in that same run. `make bench` measures again on the machine at hand.
 """
 NO_GPU = (
     "**No result from a GPU is committed yet.** All figures below were measured on a CPU; the Triton kernels "
@@ -51,13 +51,15 @@ def page(folder: Path) -> str:
 
 def figures(folder: Path) -> dict[str, str]:
     """File names and SVG text of the page's figures, one per operation."""
-    return {f"kernel-{result['file']}.svg": _bars(result, PALETTES["light"]) for result in results(folder)}
+    return {
+        f"kernel-{result['file']}.svg": kernel_figure.svg(result["operation"], list(_cases(result)))
+        for result in results(folder)
+        if result["rows"]
+    }
 
 
 def _is_gpu(result: dict[str, Any]) -> bool:
-    device = result["device"]
-    kind = device.get("type", "") if isinstance(device, dict) else str(device)
-    return "cuda" in str(kind).lower()
+    return result["device"].get("kind") == "cuda"
 
 
 def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -70,27 +72,29 @@ def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
 
 
 def _operation(result: dict[str, Any]) -> str:
-    said = [f"## `{result['operation']}`\n", _measured(result)]
-    alt = f"Milliseconds per call of {result['operation']}, one bar per variant; the tables hold the numbers."
+    name = result["operation"]
+    said = [f"## `{name}` on a {'GPU' if _is_gpu(result) else 'CPU'}\n", _measured(result)]
+    if not result["rows"]:
+        said.append("Its tests failed in that run, so no speed was measured.\n")
+        return "\n".join(said)
+    alt = f"Time per call of {name}'s peers as multiples of ours, one line per case; tables hold the numbers."
     said.append(f"![{alt}](figures/kernel-{result['file']}.svg)\n")
     for title, rows in _cases(result):
         said.append(f"**{cell(title)}**\n")
-        said.append("| Variant | Median ms | Quartiles | Times ours | Peak memory | |")
-        said.append("| --- | ---: | ---: | ---: | ---: | --- |")
-        ours = rows[0]["median_ms"]
-        said += [_variant(row, ours) for row in rows]
+        said.append(line(["Variant", "Median ms", "Quartiles", "Times ours", "Peak memory", "Note"]))
+        said.append(line(["---", *["---:"] * 4, "---"]))
+        said += [_variant(row, rows[0]["median_ms"]) for row in rows]
         said.append("")
     return "\n".join(said)
 
 
 def _measured(result: dict[str, Any]) -> str:
-    device = result["device"]
-    device = ", ".join(str(v) for v in device.values() if v) if isinstance(device, dict) else str(device)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     tests = result.get("tests") or {}
     passed = f", {tests['passed']} tests passed in the same run" if tests.get("passed") else ""
     command = f" by `{result['command']}`" if result.get("command") else ""
-    return f"Measured on {result['measured_on']}{command}{passed}. {cell(device)}; {cell(versions)}.\n"
+    where = f"On {cell(device(result['device']))}; {cell(versions)}."
+    return f"Measured on {result['measured_on']}{command}{passed}. {where}\n"
 
 
 def _variant(row: dict[str, Any], ours: float | None) -> str:
@@ -99,35 +103,4 @@ def _variant(row: dict[str, Any], ours: float | None) -> str:
     spread = f"{number(row['low_ms'])} to {number(row['high_ms'])}" if median else "–"
     peak = f"{row['peak_mib']:,.1f} MiB" if row.get("peak_mib") is not None else "–"
     cells = [cell(row["variant"]), number(median), spread, times, peak, cell(row.get("note") or "")]
-    return f"| {' | '.join(cells)} |"
-
-
-def _bars(result: dict[str, Any], c: dict[str, str]) -> str:
-    """Horizontal bars, one group per case; each group has its own scale, for times differ by orders."""
-    shapes, y, left, width = [], 8, 16, 608
-    for title, rows in _cases(result):
-        timed = [row for row in rows if row["median_ms"]]
-        if not timed:
-            continue
-        shapes.append(_text(left, y + 20, title, 17, c["ink"], 'font-weight="700"'))
-        y += 30
-        longest = max(row["median_ms"] for row in timed)
-        for i, row in enumerate(timed):
-            length = max(2.0, width * row["median_ms"] / longest)
-            colour = c["accent"] if i == 0 else c["line"]
-            label = f"{row['variant']}: {number(row['median_ms'])} ms"
-            shapes.append(_text(left, y + 16, label, 16, c["ink"] if i == 0 else c["soft"]))
-            shapes.append(
-                f'<rect x="{left}" y="{y + 22}" width="{length:.1f}" height="9" rx="3" fill="{colour}"/>'
-            )
-            y += 40
-        y += 16
-    title = escape(f"Milliseconds per call of {result['operation']}, by variant")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {y}" width="640" height="{y}" role="img" '
-        f'font-family="{FONTS}">\n<title>{title}</title>\n' + "\n".join(shapes) + "\n</svg>\n"
-    )
-
-
-def _text(x: float, y: float, text: str, size: int, fill: str, extra: str = "") -> str:
-    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" {extra}>{escape(text)}</text>'
+    return line(cells)

@@ -5,11 +5,11 @@ The filter in the browser (`book/_static/tokenbook.js`) reads these tables; with
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from tokenbook.ledger import number
 from tokenbook.pages.material import VERDICTS, Material, totals
+from tokenbook.pages.words import cell, quantity, row
 from tokenbook.papers import CAVEATS
 
 # The sign repeats the word, so that nobody depends on the colour.
@@ -46,21 +46,14 @@ def badge(verdict: str) -> str:
 def totals_table(materials: list[Material], link: str) -> str:
     """Claims by chapter and verdict. `link` is a path with a place for the chapter's name."""
     heads = ["Chapter", *VERDICTS, "claims"]
-    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    lines = [row(heads), row(["---", *["---:"] * (len(heads) - 1)])]
     for material in materials:
         counts = totals([material])
         title = f"[{cell(material.chapter.paper.title)}]({link.format(material.chapter.name)})"
-        lines.append(_row([title, *[str(n) for n in counts.values()], str(sum(counts.values()))]))
+        lines.append(row([title, *[str(n) for n in counts.values()], str(sum(counts.values()))]))
     counts = totals(materials)
-    lines.append(_row([f"**{text}**" for text in ("All", *counts.values(), sum(counts.values()))]))
+    lines.append(row([f"**{text}**" for text in ("All", *counts.values(), sum(counts.values()))]))
     return "\n".join(lines) + "\n"
-
-
-def cell(text: str) -> str:
-    """Text made safe for a cell of a Markdown table: nothing in it is markup."""
-    text = re.sub(r"\s+", " ", text.strip())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]|$~#])", r"\\\1", text)
 
 
 def _chapter(material: Material) -> str:
@@ -72,9 +65,9 @@ def _chapter(material: Material) -> str:
     without = {claim.id: claim.no_control for claim in paper.claims}
     lines = [
         f"{head}, run at scale `{material.ledger['scale']}`.\n",
-        _row(["Claim", "The paper", "Ours [interval], and the threshold", "Control", "Verdict"]),
-        _row(["---"] * 5),
-        *[_row(_cells(claim, without.get(claim["claim"], ""))) for claim in material.claims],
+        row(["Claim", "The paper", "Ours [interval], and the threshold", "Control", "Verdict"]),
+        row(["---"] * 5),
+        *[row(_cells(claim, without.get(claim["claim"], ""))) for claim in material.claims],
     ]
     return "\n".join(lines) + "\n"
 
@@ -100,22 +93,13 @@ def _cells(claim: dict[str, Any], without: str) -> list[str]:
 def _criterion(criterion: dict[str, Any]) -> str:
     interval = criterion["interval"]
     bounds = f" \\[{number(interval[0])}, {number(interval[1])}\\]" if interval else ""
-    value = f"**{_quantity(criterion['measured'], criterion['unit'])}**{bounds}"
+    value = f"**{quantity(criterion['measured'], criterion['unit'])}**{bounds}"
     return f"{cell(criterion['what'])}: {value}, wanted {cell(criterion['threshold'])}"
 
 
 def _control(claim: dict[str, Any], without: str) -> str:
     if not claim["control"]:
         return f"none needed: {cell(without)}" if without else "–"
-    values = [_quantity(c["control"], c["unit"]) for c in claim["criteria"] if c["control"] is not None]
+    values = [quantity(c["control"], c["unit"]) for c in claim["criteria"] if c["control"] is not None]
     gave = f": **{', '.join(values)}**" if values else ""
     return f"{cell(claim['control']['what'])}{gave}"
-
-
-def _quantity(value: float | None, unit: str) -> str:
-    """A number with its unit, which a line break must not part."""
-    return f"{number(value)}\u00a0{cell(unit)}" if unit else number(value)
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

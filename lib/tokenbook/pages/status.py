@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokenbook.pages.material import Material
-from tokenbook.pages.scoreboard import cell
+from tokenbook.pages.words import cell, device, row
 
 INTRO = """---
 html_theme.sidebar_secondary.remove: true
@@ -26,16 +24,14 @@ def page(materials: list[Material]) -> str:
     if not materials:
         return f"{INTRO}\nThere is no chapter yet.\n"
     heads = ["Chapter", "Outcome", "Scale", "Device", "Seconds", "Peak memory", "Finished", "Run"]
-    table = [_row(heads), _row(["---"] * 4 + ["---:"] * 2 + ["---"] * 2)]
-    table += [_row(_cells(material)) for material in materials]
+    table = [row(heads), row(["---"] * 4 + ["---:"] * 2 + ["---"] * 2)]
+    table += [row(_cells(material)) for material in materials]
     return "\n".join([INTRO, *table, "", _parameters(materials), _versions(materials)])
 
 
 def _cells(material: Material) -> list[str]:
     facts, name = material.provenance, material.chapter.name
-    seconds = facts.get("seconds")
-    seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
-    peak = facts.get("peak_memory_mib")
+    seconds, peak = facts.get("seconds"), facts.get("peak_memory_mib")
     if not material.ledger:
         outcome = "not executed yet"
     else:
@@ -44,18 +40,17 @@ def _cells(material: Material) -> list[str]:
         f"[{name}](../notebooks/{name}.ipynb)",
         outcome if material.is_run else f"{outcome}, outputs as committed",
         material.ledger["scale"] if material.ledger else "–",
-        cell(_device(facts.get("device"))),
-        f"{seconds:.0f}" if isinstance(seconds, int | float) else "–",
-        f"{peak:,.0f} MiB" if isinstance(peak, int | float) else "–",
-        cell(str(facts.get("finished") or "–")),
+        cell(device(facts.get("device"))),
+        f"{seconds:.0f}" if seconds is not None else "–",
+        f"{peak:,.0f} MiB" if peak is not None else "–",
+        _time(facts.get("finished")),
         f"`{str(facts['key'])[:12]}`" if facts.get("key") else "–",
     ]
 
 
-def _device(device: Any) -> str:
-    if isinstance(device, dict):
-        return ", ".join(str(value) for value in device.values() if value not in (None, ""))
-    return str(device) if device else "–"
+def _time(stamp: str | None) -> str:
+    """A record's time, to the minute: `2026-05-04 12:30 UTC`."""
+    return f"{stamp[:10]} {stamp[11:16]} UTC" if stamp else "–"
 
 
 def _parameters(materials: list[Material]) -> str:
@@ -79,11 +74,7 @@ def _versions(materials: list[Material]) -> str:
         versions = next(iter(by_chapter.values()))
         said = "The same in every chapter: " if len(by_chapter) > 1 else ""
         return "\n".join([*lines, said + ", ".join(f"{n} {versions[n]}" for n in order) + "."]) + "\n"
-    lines += [_row(["Chapter", *order]), _row(["---"] * (len(order) + 1))]
+    lines += [row(["Chapter", *order]), row(["---"] * (len(order) + 1))]
     for chapter, versions in by_chapter.items():
-        lines.append(_row([chapter, *[str(versions.get(name, "–")) for name in order]]))
+        lines.append(row([chapter, *[str(versions.get(name, "–")) for name in order]]))
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
