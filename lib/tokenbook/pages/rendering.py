@@ -91,5 +91,10 @@ def _jupyter_book(build: Path) -> None:
         return
     # The next incremental build would not repeat the warnings of pages that it has already read.
     shutil.rmtree(build / ".doctrees", ignore_errors=True)
-    said = "\n".join(line for line in done.stderr.splitlines() if line.strip())
-    raise RenderError(f"Jupyter Book stopped with exit status {done.returncode}:\n{said}")
+    raise RenderError(f"Jupyter Book stopped with exit status {done.returncode}:\n{_essence(done.stderr)}")
+
+
+def _essence(stderr: str) -> str:
+    """What Jupyter Book said, without the tracebacks that it adds to every error."""
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith((" ", "Traceback"))]
+    return "\n".join(dict.fromkeys(lines))
