@@ -19,7 +19,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb 
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from tokenbook import kernels
-from tokenbook.kernels import _rotation
+from tokenbook.kernels import _rotation, _rotation_triton
+from tokenbook.kernels._rotation_triton import rotate_triton
 from tokenbook.kernels.rope import rope_shift, rope_shift_reference, rope_splice, rope_splice_reference
 
 LAYOUTS = ("half", "interleaved")
@@ -302,11 +303,11 @@ def check_triton(dtype, device, layout, shape, block=None):
         expected = rope_shift_reference(k.double(), delta, inv_freq, layout=layout)
         out, margins_unwritten = guarded(poisoned(*shape, dtype=dtype, device=device))
         rotation = _rotation.Rotation(delta if kind == "int" else _rows(delta, shape), inv_freq, layout)
-        _rotation.rotate_triton(k, rotation, out, block=block)
+        rotate_triton(k, rotation, out, block=block)
         assert_close(out, expected)
         margins_unwritten()
         in_place = k.clone()
-        _rotation.rotate_triton(in_place, rotation, in_place, block=block)
+        rotate_triton(in_place, rotation, in_place, block=block)
         assert torch.equal(in_place, out)
 
 
@@ -355,11 +356,11 @@ def test_interpreted_public_functions_run_triton_with_gradient_strides_and_splic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernel_compiles_without_a_gpu(dtype, capability, monkeypatch):
     k, out, inv_freq = keys((2, 3, 9, 20), dtype), poisoned(2, 3, 75, 20, dtype=dtype), frequencies(16)
-    kernel, launches = _rotation._kernel(), recorded_launches(monkeypatch, _rotation, "_kernel")
+    kernel, launches = _rotation_triton._kernel(), recorded_launches(monkeypatch, _rotation_triton, "_kernel")
     moves, shifts = torch.zeros(2, 5, dtype=torch.int64), torch.ones(1, 5, 1, dtype=torch.int64)
-    _rotation.rotate_triton(k, _rotation.Rotation(-7, inv_freq, "interleaved"), k)
-    _rotation.rotate_triton(k, _rotation.Rotation(shifts, inv_freq.double()), out, moves)
-    _rotation.rotate_triton(k, None, out, moves)
+    rotate_triton(k, _rotation.Rotation(-7, inv_freq, "interleaved"), k)
+    rotate_triton(k, _rotation.Rotation(shifts, inv_freq.double()), out, moves)
+    rotate_triton(k, None, out, moves)
     assert len(launches) == 3
     for arguments, options in launches:
         assert ".entry" in compiled_ptx(kernel, arguments, options, capability)

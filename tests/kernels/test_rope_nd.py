@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_checks import ROUNDING, assert_close, compiled_ptx, poison_allocator, recorded_launches, rms_ratio
 
-from tokenbook.kernels import _rotation
+from tokenbook.kernels import _rotation, _rotation_triton
+from tokenbook.kernels._rotation_triton import rotate_triton
 from tokenbook.kernels.rope import rope_shift
 from tokenbook.kernels.rope_nd import axis_frequencies, rope_nd, rope_nd_reference
 
@@ -180,13 +181,11 @@ def test_interpreted_gradient_is_the_inverse_rotation():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
 def test_kernel_compiles_without_a_gpu(dtype, monkeypatch):
-    kernel, launches = _rotation._kernel(), recorded_launches(monkeypatch, _rotation, "_kernel")
+    kernel, launches = _rotation_triton._kernel(), recorded_launches(monkeypatch, _rotation_triton, "_kernel")
     rotation = _rotation.Rotation(
         torch.zeros(1, 35, 3, dtype=dtype), axis_frequencies(24, 3), "interleaved", 4
     )
-    _rotation.rotate_triton(
-        Q.new_zeros(2, 3, 35, 24).bfloat16(), rotation, Q.new_zeros(2, 3, 35, 24).bfloat16()
-    )
+    rotate_triton(Q.new_zeros(2, 3, 35, 24).bfloat16(), rotation, Q.new_zeros(2, 3, 35, 24).bfloat16())
     assert ".entry" in compiled_ptx(kernel, *launches[0])
 
 
