@@ -1,4 +1,4 @@
-"""The Triton kernel of `_rotation`: gather rows, rotate their pairs, write rows; Triton is imported on launch."""
+"""The Triton kernel of `_rotation`: gather rows, rotate pairs, write rows; imports Triton on launch."""
 
 import functools
 
