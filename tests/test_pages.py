@@ -1,6 +1,9 @@
 """The generated pages and the renderer, on a small book of two chapters that never existed."""
 
+import itertools
 import json
+import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -215,3 +218,12 @@ def test_the_status_page_says_what_ran_where_when_and_how_long(root, tmp_path):
     assert "| second | – | – | – |" in page
     assert "| first | 3.12.1 | 2.13.0 | 2.4.6 |" in page
     assert "[second](../notebooks/second.ipynb) | executed, outputs as committed" in page
+
+
+def test_dots_of_a_kernel_figure_never_cover_each_other(root):
+    rows = [_row("ours", 2.0), *[_row(f"peer {i}", 2.0 + 0.001 * i) for i in range(5)], _row("slow", 90.0)]
+    _result(root, "cpu", rows)
+    svg = pages.generated(root)["book/figures/kernel-rope.cpu.svg"]
+    dots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    assert len(dots) == 12  # six letters in the legend, six on the axis
+    assert all(math.dist(a, b) >= 20 for a, b in itertools.combinations(dots, 2))

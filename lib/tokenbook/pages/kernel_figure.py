@@ -38,10 +38,12 @@ def svg(operation: str, cases: list[tuple[str, list[dict[str, Any]]]]) -> str:
         shapes.append(_text(LEFT - 12, y + 14, title, COLOURS["soft"]))
         y += 36
         shapes.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="{COLOURS["box"]}" stroke-width="2"/>')
-        shapes += [_dot(x(value), y, letters[name]) for name, value in found.items()]
-        y += 22
+        levels = _levels({name: x(value) for name, value in found.items()})
+        shapes += [_dot(x(found[name]), y + 21 * level, letters[name]) for name, level in levels.items()]
+        y += 22 + 21 * max(levels.values())
     shapes = [_tick(tick, x(tick), top, y) for tick in _ticks(low, high)] + shapes
-    height, title = y + 30, escape(f"Times of {operation}, as multiples of ours, by case and variant")
+    shapes.append(_text(LEFT - 12, y + 42, "left of ours: faster; right of it: slower", COLOURS["soft"]))
+    height, title = y + 56, escape(f"Times of {operation}, as multiples of ours, by case and variant")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'height="{height}" role="img" font-family="{FONTS}">\n<title>{title}</title>\n'
@@ -58,6 +60,15 @@ def _tick(tick: float, x: float, top: float, bottom: float) -> str:
         line, ink, width, label = COLOURS["line"], COLOURS["soft"], 1, f"×{number(tick)}"
     path = f'<path d="M{x:.1f} {top}V{bottom}" stroke="{line}" stroke-width="{width}"/>'
     return path + _text(x, bottom + 18, label, ink, 'text-anchor="middle"')
+
+
+def _levels(places: dict[str, float]) -> dict[str, int]:
+    """For each name a line of its own where its dot would cover another: 0 on the axis, 1 below it, ..."""
+    levels: dict[str, int] = {}
+    for name, x in sorted(places.items(), key=lambda item: item[1]):
+        taken = {levels[other] for other in levels if abs(places[other] - x) < 21}
+        levels[name] = next(level for level in range(len(places)) if level not in taken)
+    return levels
 
 
 def _ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
