@@ -199,7 +199,9 @@ def build(scale: str, jobs: int | None, where: str | None, timeout: float | None
 def refresh_notebooks(
     chapters: tuple[str, ...], jobs: int | None, where: str | None, timeout: float | None
 ) -> None:
-    """Write fresh small-scale outputs into notebooks/, executing what is stale."""
+    """Write fresh small-scale outputs into notebooks/, executing what is stale; then the generated pages."""
+    from tokenbook import pages
+
     root = papers.project_root()
     found = [notebooks.find(slug, root) for slug in chapters] or notebooks.discover(root)
     runs = [item for chapter in found for item in schedule.plan(chapter, [{}])]
@@ -212,6 +214,11 @@ def refresh_notebooks(
             fresh = refresh.refreshed(chapter.notebook, executed, record, root)
             changed = refresh.write(chapter.path, fresh)
             click.echo(f"{'written' if changed else 'unchanged'}: notebooks/{chapter.path.name}", err=True)
+    try:
+        for path in pages.write(root):
+            click.echo(f"written: {path}", err=True)
+    except pages.PageError as error:
+        raise console.Failure(str(error)) from error
     if failed:
         raise console.Failure(f"{len(failed)} chapters failed; their notebooks are as they were")
 

@@ -54,7 +54,11 @@ def chapters(root: Path) -> list[Chapter]:
 
 def parts(root: Path) -> list[dict[str, str]]:
     """The parts in their order, each with its `title` and its introducing `page`."""
-    return tomllib.loads((root / "book" / "parts.toml").read_text("utf-8"))["parts"]
+    path = root / "book" / "parts.toml"
+    try:
+        return tomllib.loads(path.read_text("utf-8"))["parts"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise PageError(f"book/parts.toml must list the parts of the book: {error}") from error
 
 
 def sweep_pages(root: Path) -> list[str]:

@@ -33,7 +33,10 @@ def generated(root: Path, runs: Mapping[str, Path] | None = None) -> dict[str, s
     drawn = picture.files() | kernels.figures(root / "benchmarks" / "results")
     files |= {f"book/figures/{name}": text for name, text in drawn.items()}
     for path, (link, page) in TOTALS.items():
-        files[path] = _with_totals(path, (root / path).read_text("utf-8"), materials, link, page)
+        text = _read(root / path)
+        if text is None:
+            raise PageError(f"{path} is missing")
+        files[path] = _with_totals(path, text, materials, link, page)
     return files
 
 
