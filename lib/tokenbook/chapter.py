@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import ast
 import html
+import warnings
 from pathlib import Path
 from typing import Any
 
 from tokenbook import papers
 from tokenbook.ledger import Ledger, LedgerError
 from tokenbook.parameters import ParameterError, Spec, type_name
+
+# tqdm (through transformers) says this once in every kernel that has no widgets; saved notebooks keep stderr.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 __all__ = ["Chapter", "Ledger", "LedgerError", "ParameterError", "Parameters"]
 
