@@ -30,7 +30,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def floor_bytes(shape: dict[str, int], itemsize: int, direction: str) -> int:
-    """Bytes any implementation must move: forward u, delta, B, C, y; backward these, dy and four gradients."""
+    """Bytes that must move: forward u, delta, B, C, y; backward these but y, dy and four gradients."""
     rows, states = shape["B"] * shape["D"] * shape["L"], shape["B"] * shape["N"] * shape["L"]
     forward = 3 * rows + 2 * states
     backward = 5 * rows + 4 * states

@@ -10,8 +10,8 @@ Delicate: the short form cancels where distances are small beside the norms, and
 columns differently, so its argmin alone breaks ties at random. Therefore the fast pass keeps the best and the
 second-best score; rows where these are closer than the rounding error could be are settled: all codes inside
 that error are compared by the long form in float64. The index is that of float64 for every dtype, and equal
-distances go to the lowest index. All values are scaled by one power of two first, which is exact, so that
-nothing overflows.
+distances go to the lowest index. Values whose squares might overflow are scaled by one power of two first,
+which is exact.
 
 Source: van den Oord et al., Neural Discrete Representation Learning (1711.00937), equation 1. Used by the
 chapters `star`, `dd2`, `vqtoken`, `nvspeech` and `cm3`.
@@ -27,11 +27,11 @@ from tokenbook.kernels._dispatch import choose_backend
 
 METRICS = ("euclidean", "cosine")
 SCORES_PER_BLOCK = 2**19  # float32 scores in one block: 2 MiB, which stay in the cache
-PAIR_VALUES_PER_BLOCK = 2**22  # float64 values in one block of long-form distances: 32 MiB
+PAIR_VALUES_PER_BLOCK = 2**17  # values in one block of long-form distances: 1 MiB in float64
 
 
 class NearestCode(NamedTuple):
-    """index int64 [...] and distance [...]: squared Euclidean, or 1 - cosine; float32, float64 for float64."""
+    """index [...] int64; distance [...], squared Euclidean or 1 - cosine, float32 (float64 for float64)."""
 
     index: torch.Tensor
     distance: torch.Tensor
@@ -72,12 +72,15 @@ def nearest_code(
             offsets = norms.square() / 2
         search = _search_triton if chosen == "triton" else _search_torch
         index, best, second = search(rows, columns, offsets, scale)
-        # Twice the bound on one score's rounding error: of an inner product of D terms, and of the offset.
-        reach = _norms(rows.to(wide) * scale) * _norms(columns).max() + offsets.max()
-        reach *= 2 * (rows.shape[1] + 8) * torch.finfo(wide).eps
+        # How far rounding can move two scores apart. 8 sqrt(D) eps exceeds the worst case of sums in 16 lanes
+        # up to D = 16,384, and for one running sum the odds against are astronomical (Higham and Mary, 2019).
+        reach = _norms(_scaled(rows, wide, scale)) * _norms(columns).max() + offsets.max()
+        reach *= (8 * math.sqrt(rows.shape[1]) + 8) * torch.finfo(wide).eps
         doubtful = (second - best <= reach).nonzero().flatten()
         _settle(index, doubtful, rows, codes, columns, offsets, reach, scale, metric)
-        distance = _long_form(rows, codes, None, index, metric, scale).to(wide)
+        # x - c is rounded once, however close the two are; 1 - cosine cancels.
+        accurate = wide if metric == "euclidean" else torch.float64
+        distance = _long_form(rows, codes, None, index, metric, scale, accurate).to(wide)
     return NearestCode(index.view(x.shape[:-1]), distance.view(x.shape[:-1]))
 
 
@@ -103,13 +106,20 @@ def _wide(x, codebook) -> torch.dtype:
 
 
 def _scale(wide: torch.dtype, **tensors) -> float:
-    """A power of two, itself a normal number of its dtype, that keeps the square of every value finite."""
+    """1, or where squares might overflow, a power of two that brings the largest value near 1."""
     largest = {name: float(torch.stack(torch.aminmax(t)).abs().max()) for name, t in tensors.items()}
     for name, value in largest.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got NaN or infinity among its values")
-    limit = 1000 if wide == torch.float64 else 100
-    return 2.0 ** -min(max(math.frexp(max(largest.values()))[1], -limit), limit)
+    exponent = math.frexp(max(largest.values()))[1]
+    if abs(exponent) < 40:
+        return 1.0
+    limit = 1000 if wide == torch.float64 else 100  # 2^-limit is a normal number, in the kernel too
+    return 2.0 ** -min(max(exponent, -limit), limit)
+
+
+def _scaled(rows, wide, scale):
+    return rows.to(wide) if scale == 1 else rows.to(wide) * scale
 
 
 def _norms(rows):
@@ -130,7 +140,7 @@ def _search_torch(rows, columns, offsets, scale):
 
 
 def _scores(rows, columns, offsets, scale):
-    return torch.addmm(offsets, rows.to(columns.dtype) * scale, columns.T, alpha=-1)
+    return torch.addmm(offsets, _scaled(rows, columns.dtype, scale), columns.T, alpha=-1)
 
 
 def _settle(index, doubtful, rows, codes, columns, offsets, reach, scale, metric) -> None:
@@ -140,19 +150,20 @@ def _settle(index, doubtful, rows, codes, columns, offsets, reach, scale, metric
         scores = _scores(rows[some], columns, offsets, scale)
         near = scores <= scores.amin(1, keepdim=True) + reach[some, None]
         row, code = near.nonzero(as_tuple=True)  # sorted by row, then by code
-        distance = _long_form(rows, codes, some[row], code, metric, scale)
+        distance = _long_form(rows, codes, some[row], code, metric, scale, torch.float64)
         lowest = distance.new_full((len(some),), math.inf).scatter_reduce_(0, row, distance, "amin")
         winners = distance == lowest[row]
         chosen = index.new_full((len(some),), len(codes))
         index[some] = chosen.scatter_reduce_(0, row[winners], code[winners], "amin")
 
 
-def _long_form(rows, codes, row, code, metric, scale) -> torch.Tensor:
-    """Distances in float64 of the pairs (row, code), in bounded blocks; row None: row i with code[i]."""
+def _long_form(rows, codes, row, code, metric, scale, dtype) -> torch.Tensor:
+    """Distances of the pairs (row, code), in dtype and in bounded blocks; row None: row i with code[i]."""
     step = max(1, PAIR_VALUES_PER_BLOCK // rows.shape[1])
-    distance = torch.empty(len(code), dtype=torch.float64, device=rows.device)
+    distance = torch.empty(len(code), dtype=dtype, device=rows.device)
     for here in (slice(i, i + step) for i in range(0, len(code), step)):
-        x, c = rows[here if row is None else row[here]].double(), codes[code[here]].double()
+        x = rows[here if row is None else row[here]].to(dtype)
+        c = codes.index_select(0, code[here]).to(dtype)
         if metric == "cosine":
             x, c = x * scale, c * scale
             product = _norms(x) * _norms(c)
@@ -187,9 +198,13 @@ def _kernel():
     configs = [
         triton.Config({"ROWS": rows, "CODES": codes, "DEPTH": depth}, num_warps=warps, num_stages=stages)
         for rows, codes, depth, warps, stages in (
-            (32, 64, 32, 4, 3), (64, 64, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 16, 8, 2), (16, 128, 64, 4, 2)
+            (32, 64, 32, 4, 3),
+            (64, 64, 32, 4, 3),
+            (64, 128, 32, 8, 3),
+            (128, 64, 16, 8, 2),
+            (16, 128, 64, 4, 2),
         )
-    ]  # fmt: skip
+    ]
 
     @triton.autotune(configs[:1] if interpreting() else configs, key=["n_codes", "width"])
     @triton.jit
