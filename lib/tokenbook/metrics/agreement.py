@@ -102,9 +102,7 @@ def _first_argmax(name: str, logits: Tensor) -> Tensor:
     largest = logits.amax(-1, keepdim=True)
     if largest.isnan().any():
         raise ValueError(f"{name} must not hold nan, got {int(logits.isnan().sum())} of {logits.numel()}")
-    # Not argmax: it leaves open which of several maxima it returns, and on CUDA it varies.
-    index = torch.arange(logits.shape[-1], device=logits.device)
-    return torch.where(logits == largest, index, logits.shape[-1]).amin(-1)
+    return logits.argmax(-1)  # the first of several
 
 
 def _check_strings(a: str, b: str) -> None:
