@@ -40,7 +40,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: bad input is one sentence and exit status 2, an interrupt exit status 130."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         cli.main(standalone_mode=False)
     except (parameters.ParameterError, papers.PaperError) as error:

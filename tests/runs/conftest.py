@@ -1,4 +1,4 @@
-"""A project of trivial chapters in a temporary folder, and templates of warm kernels that end with the tests."""
+"""A project of trivial chapters in a temporary folder; templates of warm kernels that end with the tests."""
 
 from pathlib import Path
 

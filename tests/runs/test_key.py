@@ -88,7 +88,7 @@ def test_code_parameters_and_kind_of_device_are_part_of_the_key(library, project
 def test_bad_parameters_are_refused_before_anything_runs(library):
     with pytest.raises(ParameterError, match=r"unknown parameter nn \(did you mean n\?\)"):
         schedule.plan(notebooks.find("demo"), [{"seed": 1}, {"nn": 1}])
-    with pytest.raises(ParameterError, match="n must be a whole number, 1..1000; got 0"):
+    with pytest.raises(ParameterError, match=r"n must be a whole number, 1\.\.1000; got 0"):
         schedule.plan(notebooks.find("demo"), [{"n": 0}])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from tokenbook.runs import engines, schedule, store
+from tokenbook.runs import engines, schedule, store, warm
 
 
 class Failure(click.ClickException):
@@ -103,10 +103,8 @@ def execute(
     records = [target.record(item.chapter.slug, item.key) for item in runs]
     failed = [record for record in records if record["status"] != "done"]
     n_old, n_new = len(runs) - len(waiting), len(waiting) - len(failed)
-    click.echo(
-        f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}: {n_old} already done, {n_new} executed, {len(failed)} failed.",
-        err=True,
-    )
+    noun = "run" if len(runs) == 1 else "runs"
+    click.echo(f"{len(runs)} {noun}: {n_old} already done, {n_new} executed, {len(failed)} failed.", err=True)
     if failed:
         table = failures(failed, target.location)
         if not keep_going:
@@ -124,7 +122,8 @@ def _execute(waiting: list[schedule.Run], target: store.LocalStore, jobs: int, t
             str(target),
             threads=engines.threads_per_run(jobs),
             timeout=timeout,
-            is_warm=len(waiting) > 1,  # the template costs about as much as one cold start
+            # The template costs about as much as one cold start.
+            is_warm=len(waiting) > 1 or warm.template.pid is not None,
         )
         schedule.execute_all(plain, engine, display.done)
     finally:

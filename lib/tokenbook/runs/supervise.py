@@ -175,6 +175,8 @@ def _write_failure(request: dict[str, Any], scratch: Path, started: str, seconds
     last = cells[-1] if cells else {}
     error = {"cell": last.get("cell"), "section": last.get("section"), "reason": reason, "traceback": log}
     entry = record.build(request, started, seconds, error)
-    with contextlib.suppress(FileNotFoundError, ValueError):  # cut off while it was written
+    try:
         record.add_results(entry, json.loads((scratch / store.NOTEBOOK).read_text("utf-8")))
+    except (FileNotFoundError, ValueError):  # never written, or cut off while it was
+        (scratch / store.NOTEBOOK).write_bytes((scratch / SOURCE).read_bytes())
     store.write_record(scratch, entry)

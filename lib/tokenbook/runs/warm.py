@@ -87,7 +87,7 @@ class Template:
                 self._server = ForkServer()
                 self._server.set_forkserver_preload(self.preload)
                 atexit.register(self.stop)
-            with _environment_of_template(), _blocked_interrupts():
+            with _environment_of_template(), _blocked_signals():
                 self._server.ensure_running()
             return f"{self._server._forkserver_pid}:{self._server._forkserver_address}"
 
@@ -124,9 +124,9 @@ def _environment_of_template():
 
 
 @contextlib.contextmanager
-def _blocked_interrupts():
-    """Ctrl-C in a terminal reaches the template too: it must not die of it in the middle of its imports."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _blocked_signals():
+    """What is sent to the whole process group is meant for the launcher; it ends the template in its time."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
