@@ -25,6 +25,7 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m tokenbook.pages
 
 lint: setup
 	$(BIN)/ruff check .

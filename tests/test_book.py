@@ -1,5 +1,6 @@
 """The committed book: renders without a warning, has no broken link, and its generated pages are current."""
 
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -78,6 +79,14 @@ def test_no_internal_link_is_broken(html, documents):
                     broken.append(f"{path.relative_to(html)}: {element[attribute]}")
     assert broken == []
     assert checked > 100
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    inside = [link for link in links if not urlsplit(link).scheme]
+    assert len(inside) >= 4
+    assert [link for link in inside if not (ROOT / link).is_file()] == []
 
 
 def test_every_image_has_alternative_text(html, documents):
