@@ -183,7 +183,7 @@ def test_masks_by_their_definition():
     for bad in (lambda: edges(3, [3], [0]), lambda: edges(3, [0], [-1]), lambda: self_peek(3, sink=3)):
         with pytest.raises(ValueError, match=r"must lie in 0\.\.2"):
             bad()
-    with pytest.raises(ValueError, match="width >= 1"):
+    with pytest.raises(ValueError, match="width must be >= 1"):
         window(0, 0, 4)
 
 
