@@ -87,6 +87,12 @@ def test_the_distance_matrix_is_never_whole():
     assert largest <= 16 * SCORES_PER_BLOCK < n * k * 4 / 10
 
 
+def test_autocast_does_not_blur_the_search():
+    x, codebook = vectors(400, 900, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_agrees(x, codebook, "euclidean")
+
+
 def test_no_gradient_flows():
     x, codebook = vectors(5, 4, 3)
     found = nearest_code(x.requires_grad_(), codebook.requires_grad_())

@@ -143,6 +143,14 @@ def test_no_gradient_means_the_same_values():
     assert torch.equal(selective_scan(**g), selective_scan(**g))
 
 
+def test_autocast_does_not_change_the_scan():
+    g = arguments(2, 3, 50, 2, dtype=torch.float32)
+    expected = values_and_gradients(selective_scan, g)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = values_and_gradients(selective_scan, g)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def test_only_the_wanted_gradients_are_given():
     g = arguments(2, 3, 9, 2)
     for name in ("delta", "C", "D"):

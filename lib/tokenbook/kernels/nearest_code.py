@@ -55,7 +55,7 @@ def nearest_code(
     """
     _check(x, codebook, metric)
     chosen = choose_backend("nearest_code", backend, {"x": x, "codebook": codebook})
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # bfloat16 scores would be no search
         rows = x.detach().reshape(-1, x.shape[-1])
         codes = codebook.detach()
         wide = _wide(x, codebook)
