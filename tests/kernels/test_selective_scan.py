@@ -5,10 +5,18 @@ import torch
 from kernel_checks import ROUNDING, assert_close, poison_allocator
 
 from tokenbook.kernels import backends_used, forget_backends
-from tokenbook.kernels.selective_scan import CHUNK, selective_scan, selective_scan_reference
+from tokenbook.kernels import selective_scan as module
+from tokenbook.kernels.selective_scan import LONGEST_CHUNK, selective_scan, selective_scan_reference
 
 OPTIONS = ("D", "z", "delta_bias", "delta_decay")
-SHAPES = [(1, 1, 1, 1), (2, 5, 1, 3), (3, 4, CHUNK, 2), (1, 7, CHUNK + 1, 16), (2, 63, 63, 5), (1, 3, 500, 2)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 5, 1, 3),
+    (3, 4, LONGEST_CHUNK, 2),
+    (1, 7, LONGEST_CHUNK + 1, 16),
+    (2, 63, 63, 5),
+    (1, 3, 500, 2),
+]
 
 
 def arguments(n_rows, width, length, n_states, without=(), dtype=torch.float64, device="cpu", seed=0):
@@ -65,8 +73,16 @@ def test_state_is_float32_whatever_the_dtype(dtype):
     assert_agrees(arguments(2, 8, 300, 4, dtype=dtype), max(2 * ROUNDING[dtype], 2e-6))
 
 
-def test_gradcheck():
-    given = arguments(2, 3, CHUNK + 2, 2)
+@pytest.mark.parametrize("length", [3, 4, 5, 13])
+def test_chunks_meet(length, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_VALUES", 1)
+    assert module._chunk(10) == 4
+    assert_agrees(arguments(2, 6, length, 3), 1e-13)
+
+
+def test_gradcheck(monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_CHUNK", 5)
+    given = arguments(2, 3, 12, 2)
     names = [name for name, t in given.items() if isinstance(t, torch.Tensor)]
 
     def function(*tensors):
