@@ -164,7 +164,7 @@ def rotate_torch(x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> torc
     """Block by block, so that no temporary leaves the cache; writes `out`, which may be x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if dtype not in rotation.tables:
-        rotation.tables[dtype] = phases(rotation, dtype)
+        rotation.tables[dtype] = _phases_once(rotation, dtype)
     cos, sin = (table.unsqueeze(1) for table in rotation.tables[dtype])  # [B or 1, 1, S or 1, P]
     if rotation.layout == "half":
         turn, tables = _turn_halves, (torch.cat((cos, cos), -1), sin)
@@ -182,6 +182,16 @@ def rotate_torch(x: torch.Tensor, rotation: Rotation, out: torch.Tensor) -> torc
         if result is not target:
             target.copy_(result)
     return out
+
+
+def _phases_once(rotation: Rotation, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`phases`, with each integer shift's angles made once: a few edits make few shifts of many positions."""
+    positions = rotation.positions
+    if isinstance(positions, int) or positions.is_floating_point() or positions.shape[-1] != 1:
+        return phases(rotation, dtype)
+    shifts, where = positions.squeeze(-1).unique(return_inverse=True)
+    cos, sin = phases(dataclasses.replace(rotation, positions=shifts.view(1, -1, 1), tables={}), dtype)
+    return cos[0][where], sin[0][where]
 
 
 def _turn_halves(source, result, cos, sin) -> None:
