@@ -13,6 +13,7 @@ from __future__ import annotations
 import sysconfig
 import tokenize
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def files() -> list[Path]:
     return found
 
 
+@lru_cache(maxsize=4)
 def corpus(heldout: float = 0.05) -> Corpus:
     """The whole corpus; the last `heldout` share of the files (0 < heldout < 1), by name, is kept apart."""
     if not 0.0 < heldout < 1.0:
