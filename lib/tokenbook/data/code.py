@@ -1,7 +1,7 @@
 """Editing real code: contexts that end before a line to be predicted, and edits of whole lines in them.
 
-The edited text is always the true file, so that its true next line is the gold answer; an edit's *old* text is
-what a developer would have had before it.
+The edited text is always the true file, so that its true next line is the gold answer; an edit's *old*
+text is what a developer would have had before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPOBENCH_COLUMNS = (
     "level",
 )
 #: Names of many lengths; one of them stands where a definition is renamed.
-OTHER_NAMES = ("i", "key", "path", "value", "handler", "_context", "file_name", "DEFAULT_SIZE", "is_initialized")
+OTHER_NAMES = ("i", "key", "path", "value", "handler", "_context", "file_name", "DEFAULT_SIZE", "is_complete")
 
 
 class Context(NamedTuple):
@@ -35,7 +35,7 @@ class Context(NamedTuple):
 
 
 class Rename(NamedTuple):
-    """The text before a definition was renamed to what the prompt says, and where the prompt copies the name."""
+    """The text before a definition got the name that the prompt has, and where the prompt copies it."""
 
     old_text: str
     start: int  # in characters of the prompt
@@ -106,7 +106,8 @@ def repobench_prompt(
     """
     snippets = "".join(f"{comment} Path: {s['path']}\n{s['snippet']}\n\n" for s in row["context"])
     cross_file = snippets.splitlines(keepends=True)
-    in_file = f"{comment} Path: {row['file_path']}\n{row['import_statement']}\n{row['cropped_code'].rstrip()}\n"
+    in_file = f"{comment} Path: {row['file_path']}\n{row['import_statement']}\n"
+    in_file += row["cropped_code"].rstrip() + "\n"
     while True:
         prompt = f"{comment} Repo Name: {row['repo_name']}\n" + "".join(cross_file) + in_file
         prompt = re.sub(r"\n{4,}", "\n\n", prompt)
@@ -130,10 +131,10 @@ def line_edits(
 ) -> list[str] | None:
     """An edit of whole lines, as texts: before it, after its first place, ..., and at last `prompt` itself.
 
-    Insertion: the old text lacks lines; deletion: it has lines of `foreign` (another file's); replacement: it
-    has those in place of true ones; multi: `n_places` such places, each of a random kind.  The first line of
-    the prompt (it may be cut) and the last (the query) are never touched, and between two places a line stays.
-    None when the prompt has too few lines.
+    Insertion: the old text lacks lines; deletion: it has lines of `foreign` (another file's); replacement:
+    it has those in place of true ones; multi: `n_places` such places, each of a random kind.  The first line
+    (it may be cut) and the last (the query) are never touched, and between two places a line stays.  None
+    when the prompt has too few lines.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -171,9 +172,7 @@ def renamed_definition(prompt: str, rng: random.Random, n_tail: int = 40) -> Ren
     for use in re.finditer(r"\b[A-Za-z_]\w{2,}\b", prompt[tail_at:]):
         name, start = use[0], tail_at + use.start()
         earlier = [m.start() for m in re.finditer(rf"\b{name}\b", prompt[:start])]
-        definition = (
-            rf"\b(def|class|for|as|import) +{name}\b|\b{name} *=[^=]|\bdef \w+\([^)]*\b{name}\b"
-        )
+        definition = rf"\b(def|class|for|as|import) +{name}\b|\b{name} *=[^=]|\bdef \w+\([^)]*\b{name}\b"
         cut_off = use.start() == 0 and prompt[tail_at - 1].isidentifier()
         if len(earlier) == 1 and not cut_off and re.search(definition, prompt[:tail_at]):
             other = rng.choice([n for n in OTHER_NAMES if len(n) != len(name)])
