@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 from PIL import Image
+
 from tokenbook import figures
 
 ALT = 'A line that rises from "zero" to one & stays'

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenbook import hub
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tokenbook import hub
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
+
 from tokenbook import training
 
 

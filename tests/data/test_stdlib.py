@@ -1,6 +1,7 @@
 """The standard library's source as a corpus: complete, over 96 symbols, held out by file."""
 
 import pytest
+
 from tokenbook.data import stdlib
 
 
