@@ -30,8 +30,8 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "tokenbook")
 
 def names() -> list[str]:
     """Every benchmark in this folder."""
-    own = {"harness", "__main__"}
-    return sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "benchmarks")]) if m.name not in own)
+    found = (m.name for m in pkgutil.iter_modules([str(ROOT / "benchmarks")]))
+    return sorted(name for name in found if name != "harness" and not name.startswith("_"))
 
 
 def run_tests(paths: list[str]) -> dict[str, int]:

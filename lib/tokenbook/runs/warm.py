@@ -33,12 +33,22 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 PRELOAD = [
     "ipykernel.ipkernel",
     "ipykernel.kernelapp",
+    "ipykernel.debugger",  # imported by every kernel, and half of its start
+    "IPython.core.completerlib",
+    "IPython.extensions.storemagic",
+    "tornado.platform.asyncio",
+    "tornado.queues",
+    "sqlite3",
+    "tomllib",
     "papermill",
     "papermill.execute",
     "jupyter_client.manager",
     "threadpoolctl",
     "psutil",
     "pydantic.main",
+    "pydantic.fields",
+    "pydantic.types",
+    "pydantic.plugin._loader",
     "pydantic.type_adapter",
     "pandas",
     "scipy.stats",
@@ -111,10 +121,9 @@ template = Template()
 @contextlib.contextmanager
 def _environment_of_template():
     """One BLAS thread (none is started at import) and silent imports; `warm_child` undoes both."""
-    saved = {
-        name: os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "PYTHONWARNINGS")
-    }
-    os.environ.update(OPENBLAS_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    ours = {"OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    saved = {name: os.environ.get(name) for name in (*ours, "OMP_NUM_THREADS")}
+    os.environ.update(ours)
     os.environ.pop("OMP_NUM_THREADS", None)
     try:
         yield
