@@ -104,7 +104,7 @@ def _check_tensors(query, key, value) -> None:
             raise ValueError(f"{name} must be {query.dtype} as the query is, got {tensor.dtype}")
     if key.shape[:2] != value.shape[:2] or key.shape[2] != query.shape[3] or query.shape[1] % key.shape[0]:
         raise ValueError(
-            "key [H_k, n, d] and value [H_k, n, d_v] must share H_k and n, the key the query's d, and H_k must "
+            "key [H_k, n, d] and value [H_k, n, d_v] must share H_k and n, key the query's d, and H_k must "
             f"divide H; got query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         )
 
