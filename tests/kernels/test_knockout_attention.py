@@ -203,17 +203,17 @@ def test_bad_arguments_are_named(make, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("name", SHAPES)
-def test_cuda_every_configuration_twice(name, index, dtype):
+def test_cuda_every_configuration_twice(name, dtype):
     from tokenbook.kernels import _knockout_attention_triton as kernels
 
-    assert len(kernels.CONFIGS) == 5
     (query, key, value, groups, blocked), positions = case(name, dtype, "cuda")
     arguments = (query, key, value, groups, blocked, positions, None, query.shape[-1] ** -0.5)
-    poison_allocator()
-    found = kernels.forward(*arguments, config=kernels.CONFIGS[index])
-    assert_close(found, by_hand(query, key, value, groups, blocked, positions))
-    assert torch.equal(found, kernels.forward(*arguments, config=kernels.CONFIGS[index]))
+    expected = by_hand(query, key, value, groups, blocked, positions)
+    for config in kernels.CONFIGS[dtype == torch.float32]:
+        poison_allocator()
+        found = kernels.forward(*arguments, config=config)
+        assert_close(found, expected)
+        assert torch.equal(found, kernels.forward(*arguments, config=config))
     tuned = knockout_attention(query, key, value, groups, blocked, query_positions=positions)
-    assert_close(tuned, by_hand(query, key, value, groups, blocked, positions))
+    assert_close(tuned, expected)

@@ -8,13 +8,12 @@ import triton.language as tl
 
 from tokenbook.kernels._dispatch import interpreting
 
-CONFIGS = (
-    (16, 64, 4),
-    (16, 128, 4),
-    (32, 64, 4),
-    (64, 64, 4),
-    (64, 128, 8),
-)  # queries, keys, warps a program
+# Queries, keys and warps a program, by whether all is float32. There the products are scalar code (no TF32),
+# unrolled: small tiles, or the compiler takes minutes. Halves go to the tensor cores, which add in float32.
+CONFIGS = {
+    True: ((16, 32, 4), (16, 64, 4), (32, 32, 4)),
+    False: ((16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 64, 4), (64, 128, 8)),
+}
 
 
 def forward(
@@ -38,16 +37,19 @@ def forward(
     }
     grid = lambda meta: (triton.cdiv(n_folded, meta["QUERIES"]), n_heads)  # noqa: E731
     if config is None and not interpreting():
-        _tuned()[grid](*arguments, **widths)
+        _tuned(query.dtype == torch.float32)[grid](*arguments, **widths)
     else:
-        queries, keys, warps = config or CONFIGS[0]
-        _kernel[grid](*arguments, **widths, QUERIES=queries, KEYS=keys, num_warps=warps)
+        queries, keys, warps = config or CONFIGS[query.dtype == torch.float32][0]
+        _kernel[grid](*arguments, **widths, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=2)
     return out
 
 
 @functools.cache
-def _tuned():
-    configs = [triton.Config({"QUERIES": q, "KEYS": k}, num_warps=warps) for q, k, warps in CONFIGS]
+def _tuned(is_float32: bool):
+    configs = [
+        triton.Config({"QUERIES": queries, "KEYS": keys}, num_warps=warps, num_stages=2)
+        for queries, keys, warps in CONFIGS[is_float32]
+    ]
     return triton.autotune(configs, key=["n_folded", "n_keys", "width", "width_v"])(_kernel)
 
 
@@ -65,9 +67,7 @@ def _kernel(
     place = (row.to(tl.int64) * n_heads + head) * n_queries + query  # of a query in [R, H, T]
     channel = tl.arange(0, WIDTH)
     channel_v = tl.arange(0, WIDTH_V)
-    q = tl.load(
-        q_ptr + place[:, None] * width + channel, mask=inside[:, None] & (channel < width), other=0.0
-    ).to(tl.float32)
+    q = tl.load(q_ptr + place[:, None] * width + channel, mask=inside[:, None] & (channel < width), other=0.0)
     closed = tl.load(closed_ptr + row * n_heads + head, mask=inside, other=0)
     position = tl.load(positions_ptr + query, mask=inside, other=0)
     key_head = (head // n_repeat).to(tl.int64)
@@ -91,14 +91,14 @@ def _kernel(
         group = tl.load(groups_ptr + keys, mask=present, other=0).to(tl.int64)
         open_ = (((closed[:, None] >> group[None, :]) & 1) == 0) | (keys == sink)[None, :]
         visible = open_ & (keys[None, :] <= position[:, None]) & present[None, :]
-        scores = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing visible yet
         weight = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(weight, axis=1)
-        out = out * shrink[:, None] + tl.dot(weight, v.to(tl.float32), input_precision="ieee")
+        out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         peak = higher
     out = out / total[:, None]
     tl.store(

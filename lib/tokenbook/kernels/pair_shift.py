@@ -75,9 +75,8 @@ def pair_shift(
         if logits.ndim < 1 or logits.numel() == 0 or not logits.is_floating_point():
             raise ValueError(f"{name} must be non-empty floats [..., V], got {_described(logits)}")
     if p_logits.shape != q_logits.shape:
-        raise ValueError(
-            f"p_logits and q_logits must have one shape, got {list(p_logits.shape)} and {list(q_logits.shape)}"
-        )
+        shapes = f"{list(p_logits.shape)} and {list(q_logits.shape)}"
+        raise ValueError(f"p_logits and q_logits must have one shape, got {shapes}")
     shape = p_logits.shape[:-1]
     if token_ids is not None:
         _check_ids(token_ids, shape, p_logits.shape[-1])
