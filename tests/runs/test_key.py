@@ -1,5 +1,6 @@
 """What makes a run stale, and what does not."""
 
+import ast
 import json
 
 import pytest
@@ -39,6 +40,17 @@ def test_imports_are_followed_through_the_library_and_no_further(library):
         "tokenbook", "tokenbook.chapter", "tokenbook.papers", "tokenbook.kernels", "tokenbook.kernels.used",
         "tokenbook.deep",
     }  # fmt: skip
+
+
+def test_magics_and_lines_that_go_on_with_a_percent_sign_are_read_as_ipython_reads_them():
+    cells = [
+        "%%time\nimport tokenbook.hub",
+        "%matplotlib inline\n!ls\nrest = (\n    7\n    % 4\n)\nfiles = !ls",
+    ]
+    plain = [key._without_magics(cell) for cell in cells]
+    assert plain[0] == "import tokenbook.hub\n"
+    assert "rest = (\n    7\n    % 4\n)" in plain[1]
+    ast.parse("\n".join(plain))
 
 
 def test_names_that_a_package_makes_at_run_time_bring_in_all_its_modules(library):

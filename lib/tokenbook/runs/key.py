@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from IPython.core.inputtransformer2 import TransformerManager
+
 import tokenbook
 from tokenbook.runs import cells, notebooks
 
@@ -24,7 +26,7 @@ PACKAGE = "tokenbook"
 def fingerprint(chapter: notebooks.Chapter) -> str:
     """Hash of what all runs of a chapter share: code cells, library, paper file, lock."""
     sources = cells.code_sources(chapter.notebook)
-    modules = imported_modules("\n".join(sources), library_folder(chapter.root))
+    modules = imported_modules("\n".join(map(_without_magics, sources)), library_folder(chapter.root))
     parts = [
         ("cells", sources),
         ("library", [(name, _digest(path)) for name, path in sorted(modules.items())]),
@@ -49,7 +51,7 @@ def library_folder(root: Path) -> Path:
 def imported_modules(source: str, library: Path) -> dict[str, Path]:
     """Modules of the library that `source` imports, directly or through others: dotted name -> file."""
     found: dict[str, Path] = {}
-    waiting = _imports(_without_magics(source), PACKAGE, library)
+    waiting = _imports(source, PACKAGE, library)
     while waiting:
         name = waiting.pop()
         path = _file_of(name, library)
@@ -119,8 +121,13 @@ def _file_of(module: str, library: Path) -> Path | None:
 
 
 def _without_magics(source: str) -> str:
-    """Notebook code with IPython's `%` and `!` lines blanked out."""
-    return re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.MULTILINE)
+    """One cell as plain Python: IPython's own reading of `%magics` and `!commands`.
+
+    A line that begins with `%` may as well go on with a remainder from the line before. Of a cell magic
+    (`%%time`) only the first line is dropped: the imports below it count.
+    """
+    body = source.partition("\n")[2] if source.startswith("%%") else source
+    return TransformerManager().transform_cell(body)
 
 
 def _digest(path: Path) -> str:
