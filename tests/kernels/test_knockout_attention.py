@@ -201,6 +201,14 @@ def test_bad_arguments_are_named(make, message):
         knockout_attention(*arguments, **options)
 
 
+@pytest.mark.interpreter
+def test_triton_says_which_head_widths_it_takes():
+    query, key = torch.randn(1, 1, 2, 160), torch.randn(1, 5, 160)
+    arguments = (query, key, key, torch.zeros(5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"cannot run here: the head width is above 128 in torch\.float32"):
+        knockout_attention(*arguments, backend="triton")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
