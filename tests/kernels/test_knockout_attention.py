@@ -82,6 +82,13 @@ def test_equals_masked_sdpa_to_1e_6(backend):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_autocast_does_not_lower_the_precision():
+    arguments, positions = case("grouped queries")
+    expected = knockout_attention(*arguments, query_positions=positions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(knockout_attention(*arguments, query_positions=positions), expected)
+
+
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_blocked_keys_have_no_influence_whatever_they_hold(backend):
     (query, key, value, groups, blocked), _ = case("grouped queries", per_head=False)

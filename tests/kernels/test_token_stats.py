@@ -187,6 +187,15 @@ def test_hidden_states_and_output_matrix_give_the_same(dtype, monkeypatch):
         assert_close(getattr(found, name), getattr(expected, name), 5e-6)
 
 
+def test_autocast_does_not_round_the_logits():
+    hidden, weight, ids = torch.randn(5, 32), torch.randn(900, 32), torch.randint(900, (5,))
+    expected = token_stats(hidden=hidden, weight=weight, token_ids=ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = token_stats(hidden=hidden, weight=weight, token_ids=ids)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_hidden_states_never_hold_all_logits(monkeypatch):
     from benchmarks.harness import peak_bytes
 

@@ -70,9 +70,10 @@ def knockout_attention(
     chosen = choose_backend("knockout_attention", backend, tensors, unsupported)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = (query, key, value, groups, closed, positions, sink, scale)
-    if chosen == "reference":
-        return knockout_attention_reference(*arguments)
-    return _Triton.apply(*arguments) if chosen == "triton" else _torch(*arguments)
+    with torch.autocast(query.device.type, enabled=False):  # the products keep the query's dtype
+        if chosen == "reference":
+            return knockout_attention_reference(*arguments)
+        return _Triton.apply(*arguments) if chosen == "triton" else _torch(*arguments)
 
 
 def knockout_attention_reference(query, key, value, groups, blocked, positions, sink, scale) -> Tensor:

@@ -80,12 +80,13 @@ def token_stats(
     chosen = choose_backend("token_stats", backend, tensors)
     rows = _as_rows(values)
     token_ids = None if token_ids is None else token_ids.reshape(rows.shape[:-1]).long()
-    if chosen == "reference":
-        found = token_stats_reference(logits, token_ids, hidden=hidden, weight=weight)
-    elif weight is None:
-        found = _FromLogits.apply(rows, token_ids, chosen)
-    else:
-        found = _FromHidden.apply(rows, weight, token_ids, chosen)
+    with torch.autocast(values.device.type, enabled=False):  # it would round the logits to bfloat16
+        if chosen == "reference":
+            found = token_stats_reference(logits, token_ids, hidden=hidden, weight=weight)
+        elif weight is None:
+            found = _FromLogits.apply(rows, token_ids, chosen)
+        else:
+            found = _FromHidden.apply(rows, weight, token_ids, chosen)
     stats = TokenStats(*(value.reshape(values.shape[:-1]) for value in found))
     entropy = stats.entropy  # finite exactly where the row has a softmax
     if not entropy.isfinite().all():
