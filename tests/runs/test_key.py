@@ -43,10 +43,8 @@ def test_imports_are_followed_through_the_library_and_no_further(library):
 
 
 def test_magics_and_lines_that_go_on_with_a_percent_sign_are_read_as_ipython_reads_them():
-    cells = [
-        "%%time\nimport tokenbook.hub",
-        "%matplotlib inline\n!ls\nrest = (\n    7\n    % 4\n)\nfiles = !ls",
-    ]
+    remainder = "rest = (\n    7\n    % 4\n)"
+    cells = ["%%time\nimport tokenbook.hub", f"%matplotlib inline\n!ls\n{remainder}\nfiles = !ls"]
     plain = [key._without_magics(cell) for cell in cells]
     assert plain[0] == "import tokenbook.hub\n"
     assert remainder in plain[1]
