@@ -40,7 +40,7 @@ def checkpoints(workshop, tmp_path_factory):
     folders = {}
     for name in CLASSES:
         plan = workshop["plan_of"](*["causal"] * 5)
-        model = workshop["train"](name, workshop[name], plan, seed=0, n_steps=60)
+        model = workshop["train"](name, workshop[name], plan, seed=0, n_steps=250)
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
         workshop["tokenizer"].save_pretrained(folders[name])
@@ -74,6 +74,16 @@ def test_the_paper_scale_path_runs_on_a_local_checkpoint(run_cells, checkpoints,
     assert all(row["reason"] for row in rows.values() if row["verdict"] == "untested")
     subject = namespace["subjects"][0]
     assert set(subject.means.counts) == {3}, "every mean of three draws"
+
+
+def test_a_model_that_solves_hardly_anything_is_not_judged(run_cells, workshop, tmp_path):
+    plan = workshop["plan_of"](*["causal"] * 5)
+    workshop["train"]("dull", workshop["LlamaForCausalLM"], plan, seed=0, n_steps=20).save_pretrained(
+        tmp_path
+    )
+    workshop["tokenizer"].save_pretrained(tmp_path)
+    rows = run_cells(CHAPTER, model=str(tmp_path), **TINY)["ledger"].rows()
+    assert {row["verdict"] for row in rows} == {"untested"}
 
 
 def test_given_layers_are_used_instead_of_searched_ones(run_cells, checkpoints):
