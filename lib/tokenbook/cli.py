@@ -13,29 +13,24 @@ from typing import Any
 import click
 
 from tokenbook import papers, parameters
-from tokenbook.runs import cells, console, notebooks, refresh, schedule, store
+from tokenbook.cli_options import jobs_option, json_option, open_store, store_option, timeout_option
+from tokenbook.cli_sweeps import results, sweep
+from tokenbook.runs import cells, console, engines, notebooks, refresh, schedule, store, table
 from tokenbook.runs import doctor as machine
 
 USAGE, INTERRUPTED = 2, 130
 # Seconds on two cores, as promised to readers; shown by `list`.
 BUDGETS = {"smoke": 15, "small": 120}
 
-store_option = click.option(
-    "--store", "where", metavar="FOLDER", help="Where finished runs lie [default: runs/ in the project]."
-)
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Runs at once [default: one per core].")
-timeout_option = click.option(
-    "--timeout",
-    type=click.FloatRange(0),
-    help="Seconds after which a run is ended; 0: never [default: by scale].",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tokenbook")
 def cli() -> None:
     """A reproduction book: run its chapters, see what they claim, render it."""
+
+
+cli.add_command(sweep)
+cli.add_command(results)
 
 
 def main() -> None:
@@ -47,7 +42,7 @@ def main() -> None:
     except (parameters.ParameterError, papers.PaperError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(USAGE)
-    except store.StoreError as error:
+    except (store.StoreError, engines.EngineError, table.ResultsError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except click.ClickException as error:
@@ -63,11 +58,6 @@ def main() -> None:
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def open_store(where: str | None, root: Path) -> store.LocalStore:
-    """The store that a command works on."""
-    return store.open_store(where or root / "runs")
 
 
 @cli.command("list")
@@ -134,7 +124,7 @@ def run(
     given = {name: found.spec.parse(name, text) for name, text in pairs}
     runs = schedule.plan(found, [given])
     target = open_store(where, found.root)
-    (record,) = console.execute(runs, target, timeout=timeout, force=force)
+    (record,) = console.execute(runs, target, console.Options(timeout=timeout, force=force))
     click.echo(target.location(record["chapter"], record["key"]))
 
 
@@ -179,7 +169,7 @@ def build(scale: str, jobs: int | None, where: str | None, timeout: float | None
     given = {} if scale == "small" else {"scale": scale}
     runs = [item for found in notebooks.discover(root) for item in schedule.plan(found, [given])]
     target = open_store(where, root)
-    records = console.execute(runs, target, jobs, timeout, keep_going=True)
+    records = console.execute(runs, target, console.Options(jobs, timeout, keep_going=True))
     folders = {
         r["chapter"]: Path(target.location(r["chapter"], r["key"])) for r in records if r["status"] == "done"
     }
@@ -207,7 +197,7 @@ def refresh_notebooks(
     found = [notebooks.find(slug, root) for slug in chapters] or notebooks.discover(root)
     runs = [item for chapter in found for item in schedule.plan(chapter, [{}])]
     target = open_store(where, root)
-    records = console.execute(runs, target, jobs, timeout, keep_going=True)
+    records = console.execute(runs, target, console.Options(jobs, timeout, keep_going=True))
     failed = [record for record in records if record["status"] != "done"]
     for chapter, record in zip(found, records, strict=True):
         if record["status"] == "done":

@@ -31,13 +31,17 @@ def gpus() -> list[str]:
     for folder in sorted(NVIDIA.glob("*")) if NVIDIA.is_dir() else []:
         model = re.search(r"^Model:\s*(.+)$", (folder / "information").read_text(), re.MULTILINE)
         names.append(model.group(1).strip() if model else "NVIDIA GPU")
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return names
+    return [names[int(i)] if i.isdigit() and int(i) < len(names) else "NVIDIA GPU" for i in gpu_ids()]
+
+
+def gpu_ids() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls those GPUs: numbers, or UUIDs if it holds UUIDs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return names
-    chosen = [item.strip() for item in visible.split(",") if item.strip()]
-    return [
-        names[int(i)] if i.isdigit() and int(i) < len(names) else "NVIDIA GPU" for i in chosen if i != "-1"
-    ]
+        return [str(number) for number in range(len(gpus()))]
+    return [item.strip() for item in visible.split(",") if item.strip() not in ("", "-1")]
 
 
 def kind(device: str) -> str:

@@ -29,6 +29,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from tokenbook.runs import cells, record, store, warm
 
 EVENTS, REQUEST, SOURCE = "events.jsonl", "request.json", "source.ipynb"
+MAX_PRINTED = 1_000_000  # characters of one cell's stream that are kept
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -159,6 +160,7 @@ def _execute(request: dict[str, Any], scratch: Path, journal: Journal) -> dict[s
             kernel_name="python3",
             kernel_manager_class=RunKernelManager,
             on_cell_start=on_cell_start,
+            on_cell_executed=_shorten,
             coalesce_streams=True,
         )
     except papermill.PapermillExecutionError as error:
@@ -169,6 +171,16 @@ def _execute(request: dict[str, Any], scratch: Path, journal: Journal) -> dict[s
     except OSError as error:
         return _error(journal, f"{type(error).__name__}: {error}")
     return None
+
+
+def _shorten(cell: Any, **_: Any) -> None:
+    """Keep the beginning and the end of what a cell has printed by the megabyte."""
+    for output in cell.get("outputs", []):
+        text = output.get("text", "") if output["output_type"] == "stream" else ""
+        if len(text) > MAX_PRINTED:
+            half = MAX_PRINTED // 2
+            left_out = f"\n[{len(text) - 2 * half} characters left out]\n"
+            output["text"] = text[:half] + left_out + text[-half:]
 
 
 def _how(status: int | None) -> str:

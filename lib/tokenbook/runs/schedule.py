@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,22 @@ class Run:
         return f"{self.chapter.slug}/{self.key}"
 
 
-def plan(chapter: Chapter, given: Iterable[dict[str, Any]]) -> list[Run]:
-    """The runs of a chapter for sets of given parameters, all of them checked (ParameterError)."""
-    shared, found = key.fingerprint(chapter), {}
+def plan(
+    chapter: Chapter,
+    given: Iterable[dict[str, Any]],
+    device_kind: Callable[[str], str | None] | None = None,
+) -> list[Run]:
+    """The runs of a chapter for sets of given parameters, all of them checked (ParameterError).
+
+    `device_kind` says what a device parameter means where the runs will be executed, if not here.
+    """
+    shared, found, kinds = key.fingerprint(chapter), {}, {}
     for values in given:
         resolved = chapter.spec.resolve(values)
-        kind = device.kind(resolved.get("device", "cpu"))
+        name = resolved.get("device", "cpu")
+        if name not in kinds:
+            kinds[name] = (device_kind(name) if device_kind else None) or device.kind(name)
+        kind = kinds[name]
         run = Run(chapter, key.run_key(shared, resolved, kind), values, resolved)
         found.setdefault(run.key, run)
     return list(found.values())
@@ -74,23 +85,58 @@ def jobs_of(
 
 
 def execute_all(
-    jobs: list[dict[str, Any]], engine: Executor, done: Callable[[dict[str, Any]], None] | None = None
+    jobs: list[dict[str, Any]],
+    engine: Any,
+    done: Callable[[dict[str, Any]], None] | None = None,
+    retries: int = 0,
 ) -> list[dict[str, Any]]:
     """Execute jobs on an engine and return their records in order; `done` is called as each one ends.
 
-    On an interrupt the running ones are ended and nothing of them is kept.
+    A run that fails is tried again up to `retries` times. On an interrupt the running ones are ended and
+    nothing of them is kept.
     """
-    futures = {engine.submit(supervise.execute, job): index for index, job in enumerate(jobs)}
+    ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    futures: dict[Future, int] = {}
     records: list[Any] = [None] * len(jobs)
+    tries = [0] * len(jobs)
+
+    def submit(index: int) -> None:
+        future = engine.submit(supervise.execute, jobs[index])
+        futures[future] = index
+        future.add_done_callback(ended.put)
+
     try:
-        for future in as_completed(futures):
-            records[futures[future]] = future.result()
+        for index in range(len(jobs)):
+            submit(index)
+        while futures:
+            index = futures.pop(future := ended.get())
+            record = _record_of(future, jobs[index], engine)
+            if record is None:  # lost with its engine, not failed
+                submit(index)
+                continue
+            tries[index] += 1
+            if record["status"] != "done" and tries[index] <= retries:
+                submit(index)
+                continue
+            records[index] = record
             if done is not None:
-                done(records[futures[future]])
+                done(record)
     except BaseException:
         engine.shutdown(wait=True, cancel_futures=True)
         raise
     return records
+
+
+def _record_of(future: Future, job: dict[str, Any], engine: Any) -> dict[str, Any] | None:
+    """The record of an ended run; None if the engine lost it and the run has to be submitted again."""
+    try:
+        return future.result()
+    except supervise.Stopped:
+        raise
+    except (Exception, CancelledError) as error:
+        if engine.recover(error):
+            return None
+        return supervise.unsaved(job, f"{type(error).__name__}: {error}")
 
 
 def is_default(entry: dict[str, Any], chapter: Chapter, scale: str = "small") -> bool:

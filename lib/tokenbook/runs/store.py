@@ -15,7 +15,10 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenbook.runs.remote_store import RemoteStore
 
 RECORD, NOTEBOOK = "record.json", "notebook.ipynb"
 FORMAT = 1  # of record.json; a record of another format counts as absent
@@ -115,16 +118,28 @@ class LocalStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_store(where: Path | str) -> LocalStore:
-    """The store in a local folder."""
+def open_store(where: Path | str) -> LocalStore | RemoteStore:
+    """The store in a local folder, or behind an fsspec URL such as `s3://bucket/runs`."""
+    if "://" in str(where):
+        from tokenbook.runs.remote_store import RemoteStore
+
+        return RemoteStore(str(where))
     return LocalStore(where)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """A record file, None if it is missing, not whole or of another format."""
     try:
-        record = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return parse_record(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def parse_record(content: bytes) -> dict[str, Any] | None:
+    """A record, None if it is not whole or of another format."""
+    try:
+        record = json.loads(content)
+    except ValueError:
         return None
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from tokenbook import papers
 from tokenbook.runs import record, store, warm
 
 POLL_SECONDS = 0.1
@@ -55,21 +56,37 @@ def execute(
             reason = _watch(process, scratch, job["timeout"], stop, watch)
         finally:
             _end(process, scratch)
-        if store.read_record(scratch / store.RECORD) is None:
-            _write_failure(request, scratch, started, time.perf_counter() - clock, reason or _died(process))
-        is_done = store.read_record(scratch / store.RECORD)["status"] == "done"
-        for name in (EVENTS, REQUEST, SOURCE, *([LOG] if is_done else [])):
-            (scratch / name).unlink(missing_ok=True)
-        return target.publish(scratch, chapter, key)
+        try:
+            if store.read_record(scratch / store.RECORD) is None:
+                seconds = time.perf_counter() - clock
+                _write_failure(request, scratch, started, seconds, reason or _died(process))
+            return _publish(target, scratch, chapter, key)
+        except OSError as error:  # the disk is full, or the store has gone: the sweep goes on and says so
+            return unsaved(request, f"the run could not be stored: {error}")
+
+
+def unsaved(job: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The record of a failed run that left nothing in the store."""
+    error = {"cell": None, "section": None, "reason": reason, "traceback": ""}
+    return record.build({"threads": 0, **job}, record.now(), 0.0, error) | {"unsaved": True}
+
+
+def _publish(target: Any, scratch: Path, chapter: str, key: str) -> dict[str, Any]:
+    is_done = store.read_record(scratch / store.RECORD)["status"] == "done"
+    for name in (EVENTS, REQUEST, SOURCE, *([LOG] if is_done else [])):
+        (scratch / name).unlink(missing_ok=True)
+    return target.publish(scratch, chapter, key)
 
 
 def _request(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     """What the run's process has to know."""
     threads = str(job["threads"])
+    # On a cluster the project may lie elsewhere than where the sweep was started.
+    root = job["root"] if Path(job["root"]).is_dir() else str(papers.project_root())
     env = {
         "TOKENBOOK_RUN": f"{job['chapter']}/{job['key']}",
         "TOKENBOOK_RUN_DIR": str(scratch),
-        "TOKENBOOK_ROOT": job["root"],
+        "TOKENBOOK_ROOT": root,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
@@ -80,7 +97,7 @@ def _request(job: dict[str, Any], scratch: Path) -> dict[str, Any]:
     return {
         **{name: job[name] for name in kept},
         "env": env,
-        "cwd": job["root"],
+        "cwd": root,
         "provisioner": "tokenbook-warm" if job["is_warm"] else "local-provisioner",
         "supervisor": os.getpid(),
     }
@@ -164,6 +181,8 @@ def _end(process: Any, scratch: Path) -> None:
 
 def _died(process: Any) -> str:
     status = process.returncode
+    if status == 255:
+        return "the template that the run was forked from has died"
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
     return f"the run's process {how} before the run was finished"
 
