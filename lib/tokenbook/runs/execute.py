@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
 import psutil
 from jupyter_client.manager import AsyncKernelManager
@@ -160,8 +161,7 @@ def _execute(request: dict[str, Any], scratch: Path, journal: Journal) -> dict[s
             kernel_name="python3",
             kernel_manager_class=RunKernelManager,
             on_cell_start=on_cell_start,
-            on_cell_executed=_shorten,
-            coalesce_streams=True,
+            on_cell_executed=_tidy_streams,
         )
     except papermill.PapermillExecutionError as error:
         traceback = ANSI.sub("", "\n".join(error.traceback))
@@ -173,14 +173,31 @@ def _execute(request: dict[str, Any], scratch: Path, journal: Journal) -> dict[s
     return None
 
 
-def _shorten(cell: Any, **_: Any) -> None:
-    """Keep the beginning and the end of what a cell has printed by the megabyte."""
+def _tidy_streams(cell: Any, **_: Any) -> None:
+    """Join what a cell has printed, and keep only the ends of what it has printed by the megabyte.
+
+    nbclient's own `coalesce_streams` takes quadratic time on long lines: minutes for one megabyte.
+    """
+    tidy: list[Any] = []
     for output in cell.get("outputs", []):
-        text = output.get("text", "") if output["output_type"] == "stream" else ""
-        if len(text) > MAX_PRINTED:
-            half = MAX_PRINTED // 2
-            left_out = f"\n[{len(text) - 2 * half} characters left out]\n"
-            output["text"] = text[:half] + left_out + text[-half:]
+        is_stream = output["output_type"] == "stream"
+        if is_stream and tidy and tidy[-1].get("name") == output["name"]:
+            tidy[-1]["text"].append(output["text"])
+        else:
+            tidy.append({**output, "text": [output["text"]]} if is_stream else output)
+    cell["outputs"] = [
+        nbformat.from_dict({**output, "text": _shortened("".join(output["text"]))})
+        if output["output_type"] == "stream"
+        else output
+        for output in tidy
+    ]
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_PRINTED:
+        return text
+    half = MAX_PRINTED // 2
+    return f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"
 
 
 def _how(status: int | None) -> str:
