@@ -90,9 +90,12 @@ class Template:
 
     def address(self) -> str:
         """Socket of the running template; starts it, or starts it again after its death."""
+        from multiprocessing import resource_tracker
         from multiprocessing.forkserver import ForkServer
 
         with self._lock:
+            # Its start unblocks SIGINT and SIGTERM, and the forkserver starts it: so not inside the block below.
+            resource_tracker.ensure_running()
             if self._server is None:
                 self._server = ForkServer()
                 self._server.set_forkserver_preload(self.preload)
