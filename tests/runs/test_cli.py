@@ -211,6 +211,6 @@ def test_an_interrupt_ends_kernels_with_status_130_and_the_next_call_resumes(pro
     assert b"Interrupted" in err
     assert b"Traceback" not in err
     assert gone(lambda: processes_with(str(project.root)))
-    assert [(r['status'], r['error']) for r in project.store.records()] == []
+    assert [(r["status"], r["error"]) for r in project.store.records()] == []
     assert not list(project.store.folder.glob(".running/*/*"))
     assert call("run", "first", "-p", "seed", "1")[0] == 0

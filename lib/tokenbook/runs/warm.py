@@ -94,7 +94,7 @@ class Template:
         from multiprocessing.forkserver import ForkServer
 
         with self._lock:
-            # Its start unblocks SIGINT and SIGTERM, and the forkserver starts it: so not inside the block below.
+            # The forkserver starts it too, but its start unblocks SIGINT and SIGTERM again: so before.
             resource_tracker.ensure_running()
             if self._server is None:
                 self._server = ForkServer()
