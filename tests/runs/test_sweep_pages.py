@@ -1,9 +1,11 @@
 """Pages of committed sweeps: made from a file and a Parquet file, and refused when the two do not fit."""
 
 import xml.etree.ElementTree as ET
+from unittest import mock
 
 import pandas
 import pytest
+from matplotlib.axes import Axes
 from test_cli import call
 
 from tokenbook import pages
@@ -101,8 +103,10 @@ def test_results_of_another_grid_are_refused(published):
         ("{x: m, y: p1_sum}", "plot.x must be one of the swept seed, n"),
         ("{x: n, y: p1_mean}", "plot.y must be columns of the results; there is no p1_mean"),
         ("{x: n}", "plot must name x and y"),
-        ("{x: n, y: p1_sum, z: 1}", "plot takes hue, x, x_label, .*; got z"),
+        ("{x: n, y: p1_sum, z: 1}", "plot takes hue, kind, x, .*; got z"),
         ("{x: n, y: p1_sum, y_scale: root}", "plot.y_scale must be one of linear, log, symlog; got 'root'"),
+        ("{x: n, y: p1_sum, kind: bars}", "plot.kind must be one of line, heat; got 'bars'"),
+        ("{x: n, y: p1_sum, kind: heat}", "plot.kind heat needs plot.hue"),
         ("{x: n, y: p1_sum, y_label: [a, b]}", "plot.y_label must be as many as plot.y"),
     ],
 )
@@ -142,3 +146,14 @@ def test_publishing_executes_the_runs_and_writes_file_and_page(swept, warm_light
 def test_publishing_needs_a_file(swept):
     status, _, err = call("sweep", "demo", "-g", "n=1,2", "--publish")
     assert (status, "--publish goes with a FILE.yml" in err) == (2, True)
+
+
+def test_a_heat_map_writes_every_mean_into_its_cell(swept):
+    path = write(swept, SPEC.replace("{x: n,", "{x: n, hue: seed, kind: heat, y_scale: log,"))
+    spec = sweep_pages.notebooks.find("demo", swept.root).spec
+    sweep, frame = frame_of(path, spec)
+    with mock.patch.object(Axes, "text", autospec=True, side_effect=Axes.text) as text:
+        figure = sweep_pages.svg("sum", sweep, frame)
+    ET.fromstring(figure)
+    written = {(call.args[1], call.args[2]): call.args[3] for call in text.call_args_list}
+    assert written == {(c, s): f"{n + 0.1 * s:g}" for c, n in enumerate((1, 5)) for s in range(3)}

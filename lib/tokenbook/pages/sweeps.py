@@ -4,7 +4,7 @@
 written by `tokenbook sweep book/sweeps/NAME.yml --publish`); page and figure are made from these two. In the
 file, `plot` holds `x` (a swept parameter), `y` (a column of `tokenbook results`, or a list of them), and may
 hold `hue` (a second parameter), `x_label`, `y_label` (a text, or a list as long as `y`), `x_scale` and
-`y_scale` (linear, log or symlog).
+`y_scale` (linear, log or symlog), and `kind`: line, or heat for a table of colours, x against hue.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import pandas
 
 FOLDER = "book/sweeps"
-PLOT = {"x", "y", "hue", "x_label", "y_label", "x_scale", "y_scale"}
+PLOT = {"x", "y", "hue", "x_label", "y_label", "x_scale", "y_scale", "kind"}
+KINDS = ("line", "heat")
 SCALES = ("linear", "log", "symlog")
 KEPT = ("key", "given", "seconds", "finished", "git_commit", "device_kind")
 N_FOR_INTERVAL = 3  # fewer runs are shown as they are
@@ -93,6 +94,10 @@ def check_plot(name: str, sweep: sweeps.Sweep, columns: list[str]) -> None:
     for field in ("x_scale", "y_scale"):
         if plot.get(field, "linear") not in SCALES:
             raise PageError(f"{name}: plot.{field} must be one of {', '.join(SCALES)}; got {plot[field]!r}")
+    if plot.get("kind", "line") not in KINDS:
+        raise PageError(f"{name}: plot.kind must be one of {', '.join(KINDS)}; got {plot['kind']!r}")
+    if plot.get("kind") == "heat" and "hue" not in plot:
+        raise PageError(f"{name}: plot.kind heat needs plot.hue, the parameter of its rows")
     if len(_labels(sweep)) != len(_ys(sweep)):
         raise PageError(f"{name}: plot.y_label must be as many as plot.y")
 
@@ -160,11 +165,15 @@ def svg(name: str, sweep: sweeps.Sweep, frame: pandas.DataFrame) -> str:
         plt.rcParams["svg.hashsalt"] = name
         ys, labels = _ys(sweep), _labels(sweep)
         figure, axes = plt.subplots(len(ys), 1, figsize=(6.4, 3.2 * len(ys)), squeeze=False, sharex=True)
+        is_heat = sweep.plot.get("kind") == "heat"
         for axis, y, label in zip(axes[:, 0], ys, labels, strict=True):
-            _panel(axis, sweep, frame, y)
-            axis.set(ylabel=label, yscale=sweep.plot.get("y_scale", "linear"))
+            if is_heat:
+                _heat(figure, axis, sweep, frame, y, label)
+            else:
+                _panel(axis, sweep, frame, y)
+                axis.set(ylabel=label, yscale=sweep.plot.get("y_scale", "linear"))
         axes[-1, 0].set(xlabel=sweep.plot.get("x_label", sweep.plot["x"]))
-        if "hue" in sweep.plot:
+        if "hue" in sweep.plot and not is_heat:
             axes[0, 0].legend(title=sweep.plot["hue"], fontsize="small")
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -196,6 +205,27 @@ def _panel(axis: Any, sweep: sweeps.Sweep, frame: pandas.DataFrame, y: str) -> N
             axis.minorticks_off()
     else:
         axis.set_xticks(range(len(places)), [str(at) for at in places])
+
+
+def _heat(figure: Any, axis: Any, sweep: sweeps.Sweep, frame: pandas.DataFrame, y: str, label: str) -> None:
+    """Means as colours and numbers, a column for each x and a row for each hue."""
+    import matplotlib.colors
+    import numpy
+
+    means = {place: summary(rows, y)[0] for place, rows in _groups(sweep, frame)}
+    columns, lines = (list(dict.fromkeys(place[k] for place in means)) for k in (0, 1))
+    table = numpy.array([[means.get((at, line), numpy.nan) for at in columns] for line in lines])
+    is_log = sweep.plot.get("y_scale") == "log" and numpy.nanmin(table) > 0
+    norm = matplotlib.colors.LogNorm() if is_log else matplotlib.colors.Normalize()
+    image = axis.imshow(table, aspect="auto", cmap="cividis", norm=norm, origin="lower")
+    axis.grid(False)
+    figure.colorbar(image, ax=axis)
+    for (line, column), value in numpy.ndenumerate(table):
+        ink = "black" if norm(value) > 0.5 else "white"
+        axis.text(column, line, number(value), ha="center", va="center", color=ink, fontsize="small")
+    axis.set_xticks(range(len(columns)), [str(at) for at in columns])
+    axis.set_yticks(range(len(lines)), [str(line) for line in lines])
+    axis.set(title=label, ylabel=sweep.plot["hue"])
 
 
 def _groups(sweep: sweeps.Sweep, frame: pandas.DataFrame) -> Iterator[tuple[tuple[Any, Any], Any]]:
