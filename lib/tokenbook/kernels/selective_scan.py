@@ -211,6 +211,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 6
         x, decay, A, B, C, starts = ctx.saved_tensors
         chunk = _chunk(starts[0].numel())
         rates = (A.mT * LOG2_E).contiguous()
