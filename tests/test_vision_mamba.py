@@ -47,7 +47,7 @@ def test_each_direction_is_the_mixer_of_transformers(suffix, a_name):
         state |= {f"{name}.{k}": p for k, p in getattr(ours, name + suffix).named_parameters()}
     theirs.load_state_dict(state)
     h = draw(2, 17, 20).float()
-    _, y = ours(h)
+    _, y = ours(h, return_y=True)
     got = ours.out_proj(y[1] if suffix else y[0])
     wanted = theirs(h.flip(1)).flip(1) if suffix else theirs(h)
     assert (got - wanted).abs().max() < 1e-5
@@ -89,7 +89,7 @@ def direction_in_loops(mixer, suffix, h, positions, length, decay, conv):
 def test_the_mixer_over_gaps_is_its_definition_in_loops(decay, conv):
     mixer, h = random_model().layers[1].mixer, draw(2, 6, 20)
     rows = [[0, 1, 4, 5, 9, 12], [2, 3, 4, 8, 10, 11]]
-    out, y = mixer(h, Kept(torch.tensor(rows), 13, decay, conv))
+    out, y = mixer(h, Kept(torch.tensor(rows), 13, decay, conv), return_y=True)
     for b, positions in enumerate(rows):
         forward = direction_in_loops(mixer, "", h[b], positions, 13, decay, conv)
         mirrored = [12 - p for p in reversed(positions)]

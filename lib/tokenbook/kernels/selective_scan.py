@@ -131,7 +131,7 @@ def _selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, d
         y = torch.addcmul(y, x, _per_row(D.to(wide), u.shape[0]))
     if z is not None:
         y = y * torch.nn.functional.silu(_time_major(z, wide))
-    return y.to(u.dtype).permute(1, 2, 0).contiguous()
+    return y.to(u.dtype).permute(1, 2, 0)  # as it lies in memory: L is the slow axis
 
 
 def _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_decay):

@@ -112,41 +112,40 @@ class Mixer(nn.Module):
         self.D, self.D_b = nn.Parameter(torch.ones(inner)), nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, h: Tensor, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-        """h [B, M, D] -> output [B, M, D] and the gated outputs of both directions [2, B, M, D_i]."""
-        x, z = self.in_proj(h).mT.chunk(2, dim=1)  # (B, D_i, M) each
+    def forward(self, h: Tensor, kept: Kept | None = None, return_y: bool = False):
+        """h [B, M, D] -> output [B, M, D], and both gated outputs [2, B, M, D_i] or None."""
+        x, z = self.in_proj(h).chunk(2, dim=2)  # (B, M, D_i) each
         forward = self._direction(x, self.conv1d, self.x_proj, self.dt_proj, kept)
         reverse = None if kept is None else kept.reversed()
-        backward = self._direction(x.flip(2), self.conv1d_b, self.x_proj_b, self.dt_proj_b, reverse)
-        # The directions become two blocks of rows of one scan.
-        u, step, B, C, decay = (
-            None if a is None else torch.cat((a, b)) for a, b in zip(forward, backward, strict=True)
-        )
+        backward = self._direction(x.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, reverse)
+        # The directions become two blocks of rows of one scan: (2 B, D_i, M), and (2 B, N, M) for B and C.
+        pairs = zip(forward, backward, strict=True)
+        u, step, B, C, decay = (None if a is None else torch.cat((a, b)).mT for a, b in pairs)
         A = -torch.exp(_wide(torch.stack((self.A_log, self.A_b_log))))
-        D = torch.stack((self.D, self.D_b))
-        y = selective_scan(u, step, A, B, C, D, torch.cat((z, z.flip(2))), delta_decay=decay)
+        y = selective_scan(u, step, A, B, C, torch.stack((self.D, self.D_b)), delta_decay=decay)
         y_forward, y_backward = y.mT.chunk(2)  # (B, M, D_i)
-        y = torch.stack((y_forward, y_backward.flip(1)))
-        return self.out_proj((y[0] + y[1]) / 2), y
+        y_backward, gate = y_backward.flip(1), F.silu(z)  # gated here: once for both, and z needs no flip
+        out = self.out_proj((y_forward + y_backward) * gate / 2)
+        return out, torch.stack((y_forward, y_backward)) * gate if return_y else None
 
     def _direction(self, x, conv, x_proj, dt_proj, kept):
-        """x [B, D_i, M] in scan order -> u, step, B, C of the scan, and the step of the decay or None."""
+        """x [B, M, D_i] in scan order -> u, step, B, C and the decay step or None, [B, M, .] each."""
         if kept is None or kept.conv == "packed":
-            u = conv(x)[..., : x.shape[2]]
+            u = _causal_conv(x, conv)
         else:
-            places = kept.positions[:, None].expand(-1, x.shape[1], -1)
-            full = x.new_zeros(*x.shape[:2], kept.length).scatter(2, places, x)
-            u = conv(full)[..., : kept.length].gather(2, places)
+            places = kept.positions[..., None].expand(x.shape)
+            full = x.new_zeros(x.shape[0], kept.length, x.shape[2]).scatter(1, places, x)
+            u = _causal_conv(full, conv).gather(1, places)
         u = F.silu(u)
-        dt, B, C = x_proj(u.mT).split([self.rank, self.n_states, self.n_states], dim=2)
-        step = F.softplus(_wide(dt_proj(dt))).mT  # (B, D_i, M)
+        dt, B, C = x_proj(u).split([self.rank, self.n_states, self.n_states], dim=2)
+        step = F.softplus(_wide(dt_proj(dt)))
         if kept is None or kept.decay == "none":
-            return u, step, B.mT, C.mT, None
+            return u, step, B, C, None
         if kept.decay == "previous":
-            missing = F.pad(step[..., :-1], (1, 0))  # the step of the kept token before
+            missing = F.pad(step[:, :-1], (0, 0, 1, 0))  # the step of the kept token before
         else:
-            missing = F.softplus(_wide(dt_proj.bias))[:, None]
-        return u, step, B.mT, C.mT, step + gaps(kept.positions)[:, None] * missing
+            missing = F.softplus(_wide(dt_proj.bias))
+        return u, step, B, C, step + gaps(kept.positions)[..., None] * missing
 
 
 class Block(nn.Module):
@@ -165,7 +164,7 @@ class Block(nn.Module):
         h = _normed(self.norm, residual).to(self.mixer.in_proj.weight.dtype)
         if order is not None:
             h = _take(h, order)
-        hidden, y = self.mixer(h, kept)
+        hidden, y = self.mixer(h, kept, return_y)
         if order is not None:
             back = order.argsort(-1)
             hidden, y = _take(hidden, back), _take(y, back) if return_y else None
@@ -272,6 +271,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{str(path)!r} must hold tensors only, nothing that runs code: convert it"
         ) from error
     return state.get("model", state)
+
+
+def _causal_conv(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """The causal depthwise convolution along M of x [B, M, D_i], as shifted products: on a CPU its gradients
+    take an eighth of the time of those of F.conv1d with one channel per group."""
+    width = conv.kernel_size[0]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    u = conv.bias.to(x.dtype)
+    for tap in range(width):
+        u = torch.addcmul(u, padded[:, tap : tap + x.shape[1]], conv.weight[:, 0, tap].to(x.dtype))
+    return u
 
 
 def _norm(config: VimConfig) -> nn.Module:
