@@ -298,7 +298,7 @@ def test_clipping_is_that_of_torch_model_by_model(method):
 
 def test_only_matrices_are_decayed(method):
     model = method["Run"](method["NONE"], 0).model()
-    weights = {k: p[None].clone() for k, p in model.named_parameters()}
+    weights = {k: p[None].detach().clone() for k, p in model.named_parameters()}
     optimizer = method["optimizer_of"](weights)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     names = {k for k, w in weights.items() if id(w) in decayed}
@@ -309,14 +309,14 @@ def test_only_matrices_are_decayed(method):
     assert {k for k in names if ".layers." not in k} == {"vim.patch_embed.proj.weight", "vim.head.weight"}
 
 
-def test_sensitivity_is_the_accuracy_lost_and_blind_blocks_lose_none(method):
-    run, state = method["Run"](method["NONE"], 0), None
+def test_sensitivity_is_the_accuracy_lost_and_blind_blocks_lose_none(smoke):
+    run, state = smoke["Run"](smoke["NONE"], 0), None
     torch.manual_seed(5)
     state = {k: w + 0.5 * torch.randn_like(w) for k, w in run.model().state_dict().items()}
-    for i in range(1, method["L"]):
+    for i in range(1, smoke["L"]):
         state[f"vim.layers.{i}.mixer.out_proj.weight"].zero_()  # these blocks pass nothing on
-    lost = method["sensitivity"]([run], lambda _: state)
-    assert lost.shape == (1, method["L"], 50)
+    lost = smoke["sensitivity"]([run], lambda _: state)
+    assert lost.shape == (1, smoke["L"], 50)
     assert np.abs(lost[0, 0]).max() > 0
     assert not lost[0, 1:].any()
     net, source = run.model(), run.source
@@ -326,7 +326,7 @@ def test_sensitivity_is_the_accuracy_lost_and_blind_blocks_lose_none(method):
     with torch.no_grad():
         plain = (net.vim(images).argmax(-1) == labels).double()
         for _ in range(5):
-            order = torch.randperm(method["M"], generator=draw)
+            order = torch.randperm(smoke["M"], generator=draw)
             hidden, residual = net.vim.embed(images), None
             for i, block in enumerate(net.vim.layers):
                 if i == 0:
