@@ -1,7 +1,9 @@
 """The chapter `shufflemamba`: refusals, the shuffle done again in loops, verdicts, the paper-scale path."""
 
 import math
+from unittest import mock
 
+import IPython.display
 import nbformat
 import numpy as np
 import pytest
@@ -343,13 +345,12 @@ def test_sensitivity_is_the_accuracy_lost_and_blind_blocks_lose_none(smoke):
 
 def verdicts_with(smoke, edit=None, **changes):
     """The ledger's verdicts on results of a world where the paper holds; `edit(results)` changes them."""
-    space, draw = dict(smoke), np.random.default_rng(0)
-    runs = {run: result for run, result in smoke["results"].items()}
+    draw = np.random.default_rng(0)
     losses = {"none": (0.01, 2.0), "none, other batches": (0.01, 2.01), "linear": (0.03, 1.7)}
     losses |= {"constant": (0.04, 1.85), "reversed": (0.05, 2.1)}
     losses |= changes.pop("losses", {})
     results = {}
-    for run, result in runs.items():
+    for run, result in smoke["results"].items():
         train, test = losses.get(run.arm.name, (0.01, 2.0))
         noise = draw.normal(0, 0.02, result.test_loss.shape)
         curve = np.array([[1, 1.0, 1.5], [2, 0.01, 1.9]])
@@ -358,7 +359,7 @@ def verdicts_with(smoke, edit=None, **changes):
     labels = [run for run in results if run.arm.labels == "shuffled"]
     for run in labels:
         results[run].correct = np.full(50, changes.pop("label_accuracy", 0.1))
-    space["results"] = results
+    space = {"results": results}
     shape = smoke["lost"]["no shuffle"].shape
     drops = np.array(changes.pop("drops", [0.4, 0.15, 0.1, 0.05]))[None, :, None]
     space["lost"] = {
@@ -372,13 +373,14 @@ def verdicts_with(smoke, edit=None, **changes):
     }
     space |= {"EXACT": smoke["EXACT"] | changes.pop("exact", {})} | changes
     if edit:
-        edit(space)
+        edit(smoke | space)
     cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
     wanted = ["before", *[c.id for c in cells][[c.id for c in cells].index("ledger") :]]
-    for cell in cells:
-        if cell.cell_type == "code" and cell.id in wanted:
-            exec(compile(cell.source, cell.id, "exec"), space)
-    return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
+    with mock.patch.dict(smoke, space), mock.patch.object(IPython.display, "display"):
+        for cell in cells:
+            if cell.cell_type == "code" and cell.id in wanted:
+                exec(compile(cell.source, cell.id, "exec"), smoke)
+        return {row["claim"]: row["verdict"] for row in smoke["ledger"].rows()}
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
