@@ -45,7 +45,7 @@ def smoke(run_cells):
         ({"patch_size": 8}, "patch_size must divide image_size = 8 into at least 2 patches; got 8"),
         ({"image_size": 16}, "image_size must be 8 for the digits; got 16"),
         ({"batch": 101}, "batch must be at most n_train and n_train_more, 100; got 101"),
-        ({"model": "/nowhere/vim.pth"}, "checkpoint must be a .safetensors or .pth file that exists"),
+        ({"model": "/nowhere/vim.pth", "scale": "smoke"}, "must be a .safetensors or .pth file that exists"),
         ({"dataset": "/nowhere"}, "dataset must hold images in train/CLASS/; got '/nowhere'"),
     ],
 )
@@ -503,7 +503,7 @@ TINY = {
     "dim": 32,
     "depth": 2,
     "image_size": 32,
-    "patch": 8,
+    "patch_size": 8,
     "batch": 4,
     "steps": 3,
     "warmup": 1,
@@ -512,7 +512,7 @@ TINY = {
 
 
 def test_paper_scale_trains_on_a_folder_of_images(run_cells, folder):
-    space = run_cells(CHAPTER, scale="paper", dataset=str(folder), config="tiny", full_ablation=True, **TINY)
+    space = run_cells(CHAPTER, scale="paper", dataset=str(folder), config="tiny", **TINY)
     assert space["N_CLASSES"] == 2
     assert {run.seed for run in space["results"]} == {0}
     assert all(np.isfinite(r.test_loss).all() and len(r.test_loss) == 8 for r in space["results"].values())
@@ -526,11 +526,11 @@ def test_images_of_a_folder_are_cropped_scaled_and_normalised(run_cells, folder)
     images, labels = source.batch("test", torch.arange(8))
     assert images.shape == (8, 3, 32, 32)
     assert images[labels == 1].mean() - images[labels == 0].mean() > 1.5
-    path = folder / "val" / "light" / "1.png"
-    picture = np.asarray(Image.open(path).resize((32, 32), Image.BICUBIC, (6.5, 2.6875 + 0.0, 43.5, 40.3125)))
-    got = source.decode(path, None)
-    assert got.shape == (3, 32, 32)
-    assert picture.shape == (32, 32, 3)
+    path = folder / "val" / "light" / "1.png"  # 50 x 43 pixels; 87.5 % of the shorter side are 37.625
+    box = (6.1875, 2.6875, 43.8125, 40.3125)
+    picture = np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BICUBIC, box)) / 255
+    wanted = (picture - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(source.decode(path, None).permute(1, 2, 0).numpy(), wanted, atol=1e-5)
     crops = [source.batch("train", torch.arange(4), torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)]
     assert torch.equal(crops[0], crops[1])
     assert not torch.equal(crops[0], crops[2])
