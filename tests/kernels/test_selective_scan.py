@@ -135,7 +135,8 @@ def test_gradcheck_of_blocks(monkeypatch):
 
 @pytest.mark.parametrize("shared", [(), ("A", "u")], ids=["all mapped", "some shared"])
 @pytest.mark.parametrize("inner", [False, True], ids=["rows alike", "blocks of rows"])
-def test_vmap_gives_each_model_its_own_scan(inner, shared):
+def test_vmap_gives_each_model_its_own_scan(inner, shared, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_VALUES", 1)  # several chunks
     models = [blocks_of_rows(2)[0] if inner else arguments(2, 5, 11, 3, seed=i) for i in range(3)]
     names = [name for name, t in models[0].items() if isinstance(t, torch.Tensor)]
     for m in models[1:]:

@@ -125,7 +125,7 @@ def _selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, d
         step = torch.nn.functional.softplus(step)
     decay = step if delta_decay is None else _time_major(delta_decay, wide)
     grouped = A.to(wide) if A.dim() == 3 else A.to(wide)[None]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    keep = torch.is_grad_enabled()  # inside vmap no tensor says whether it wants a gradient
     y, _ = _Scan.apply(step * x, decay, grouped, _time_major(B, wide), _time_major(C, wide), keep)
     if D is not None:
         y = torch.addcmul(y, x, _per_row(D.to(wide), u.shape[0]))
