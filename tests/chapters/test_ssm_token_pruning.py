@@ -241,7 +241,7 @@ def verdicts_with(smoke, before=(), after=(), vit=(), **changes):
     space, share = dict(smoke), np.linspace(0, 100, 200, endpoint=False)  # one order of difficulty for all
     answers = lambda world: {n: np.tile(100.0 * (share < x), (2, 1)) for n, x in world.items()}  # noqa: E731
     space["before"] = answers(WORLD_BEFORE | dict(before))
-    space["after"] = answers(WORLD_AFTER | dict(after))
+    space["after"] = {} if changes.pop("nothing_tuned", False) else answers(WORLD_AFTER | dict(after))
     space["vit_before"] = answers(WORLD_VIT | dict(vit))
     slow = np.tile([[2.0], [1.0], [2.0]], (1, 9))
     space |= {"seconds": {"scan": slow, "model": slow}, "long_enough": 0.9, **changes}
@@ -354,21 +354,36 @@ def tiny(tmp_path_factory):
 PAPER = {"scale": "paper", "device": "cpu", "image_size": 32, "prune_after": [1, 2], "n_eval": 6, "batch": 2}
 
 
-@pytest.mark.parametrize("weights", ["vim", "vim.pth"])
-def test_paper_scale_prunes_a_local_checkpoint_through_the_same_cells(run_cells, tiny, weights):
-    steps = 1 if weights == "vim" else 0
-    space = run_cells(
-        CHAPTER, **PAPER, model=str(tiny / weights), vit=str(tiny / "vit"), dataset=str(tiny),
-        finetune_steps=steps, ratios=[0.5, 1.0],
+@pytest.fixture(scope="module")
+def paper_scale(run_cells, tiny):
+    """The whole chapter on the tiny checkpoints, with one step of fine-tuning."""
+    return run_cells(
+        CHAPTER, **PAPER, model=str(tiny / "vim"), vit=str(tiny / "vit"), dataset=str(tiny), finetune_steps=1,
+        ratios=[0.5, 1.0],
     )  # fmt: skip
+
+
+def test_paper_scale_prunes_a_local_checkpoint_through_the_same_cells(paper_scale, tiny):
+    space = paper_scale
     verdicts = {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
     assert verdicts["P5b"] == "reproduced"
-    assert (verdicts["P1"] == "untested") == (steps == 0)
+    assert verdicts["P3"] != "untested"
     assert space["CONFIG"].n_classes == 5
     assert [k.shape for k in space["zero"]["aligned"][0].kept] == [(6, 13), (6, 11)]
     assert space["data"][0].images.dtype == torch.uint8
     weight = torch.load(tiny / "vim.pth", weights_only=True)["model"]["head.weight"]
     assert torch.equal(space["dense"][0].head.weight, weight)
+    assert not torch.equal(space["models"]["aligned", 0].head.weight, weight)
+
+
+def test_without_fine_tuning_its_claims_are_untested(paper_scale):
+    verdicts = verdicts_with(paper_scale, nothing_tuned=True)
+    assert {c for c, v in verdicts.items() if v == "untested"} == {"P1", "P3", "P4", "P5", "P6", "P8"}
+
+
+def test_pth_and_safetensors_give_the_same_model(paper_scale, tiny):
+    one, two = (paper_scale["load_vim"](str(tiny / name)).state_dict() for name in ("vim", "vim.pth"))
+    assert all(torch.equal(one[k], two[k]) for k in two)
 
 
 @pytest.mark.parametrize(
@@ -379,14 +394,22 @@ def test_paper_scale_prunes_a_local_checkpoint_through_the_same_cells(run_cells,
         ({"cls_token_head": torch.zeros(1, 1, 8)}, r"one class token.*it has \['cls_token_head'\]"),
         ({"pos_embed": torch.zeros(1, 50, 8)}, r"pos_embed must have the shape.*\[1, 50, 8\].*\[1, 17, 8\]"),
     ],
-)  # fmt: skip
-def test_checkpoints_that_do_not_fit_are_refused(run_cells, tiny, tmp_path, change, message):
+)
+def test_checkpoints_that_do_not_fit_are_refused(paper_scale, tiny, tmp_path, change, message):
     state = torch.load(tiny / "vim.pth", weights_only=True)["model"] | change
     save_file({k: v for k, v in state.items() if v is not None}, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=message):
-        run_cells(CHAPTER, before="arms", **PAPER, model=str(tmp_path), dataset=str(tiny))
+        paper_scale["load_vim"](str(tmp_path))
 
 
-def test_a_folder_without_one_checkpoint_is_refused(run_cells, tmp_path, tiny):
+def test_a_folder_without_one_checkpoint_is_refused(paper_scale, tmp_path):
     with pytest.raises(ParameterError, match=r"model must hold one .safetensors or .pth file; .* has 0"):
-        run_cells(CHAPTER, before="arms", **PAPER, model=str(tmp_path), dataset=str(tiny))
+        paper_scale["load_vim"](str(tmp_path))
+
+
+def test_stages_beyond_a_checkpoints_last_block_are_refused(paper_scale):
+    paper_scale["check_stages"](2)
+    with pytest.raises(
+        ParameterError, match=r"rising numbers in 1..1 \(the model has 1 blocks\); got \[1, 2\]"
+    ):
+        paper_scale["check_stages"](1)
