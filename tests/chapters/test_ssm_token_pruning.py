@@ -49,7 +49,7 @@ def draw(*shape, seed=0):
         ({"ratios": [0.05, 1.0]}, "keep_ratio must leave at least 1 patch of 4; got 0.05, which keeps 0"),
         ({"prune_after": [0, 1]}, r"prune_after must be .*got \[0, 1\]"),
         ({"prune_after": [1, 5]}, r"rising numbers in 1..4 \(the model has 4 blocks\); got \[1, 5\]"),
-        ({"prune_after": [2, 1]}, r"prune_after must be rising numbers in 1..4 .*got \[2, 1\]"),
+        ({"prune_after": [3, 2]}, r"prune_after must be rising numbers in 1..4 .*got \[3, 2\]"),
         ({"prune_after": []}, "prune_after must be .*1..100 items; got"),
         ({"alignment": "shift"}, "alignment must be one of none, carry, decay_prev.*got 'shift'"),
         ({"importance": "entropy"}, "importance must be one of clip, none, l1.*got 'entropy'"),
