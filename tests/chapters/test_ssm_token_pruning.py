@@ -190,6 +190,41 @@ def test_a_pruned_model_is_its_definition_in_loops(method, reading):
     torch.testing.assert_close(result.state[0], final, rtol=1e-9, atol=1e-9)
 
 
+def probed_direction(mixer, suffix, x, keep, write, passed):
+    """One direction over all places with dropped ones that write or not, and are passed or not: [M, D_i]."""
+    conv, x_proj, dt_proj = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
+    A, skip = -getattr(mixer, f"A{suffix}_log").exp(), getattr(mixer, f"D{suffix}")
+    h, out = torch.zeros_like(A), []
+    for m in range(len(x)):
+        if keep[m] and not passed:  # the kept neighbours, wherever they are
+            near = [x[j] for j in range(m, -1, -1) if keep[j]][:4]
+        else:  # the places before; what was dropped is empty for those kept, unless it still writes
+            near = [x[j] * float(write or keep[j] or not keep[m]) for j in range(m, max(-1, m - 4), -1)]
+        u = conv.bias + sum(conv.weight[:, 0, 3 - k] * value for k, value in enumerate(near))
+        u = torch.nn.functional.silu(u)
+        dt, B, C = (x_proj.weight @ u).split([mixer.rank, mixer.n_states, mixer.n_states])
+        step = torch.nn.functional.softplus(dt_proj.weight @ dt + dt_proj.bias)
+        if keep[m] or passed:
+            h = torch.exp(step[:, None] * A) * h
+        if keep[m] or write:
+            h = h + (step * u)[:, None] * B
+        out.append(h @ C + skip * u)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("write", "passed"), [(True, True), (True, False), (False, True), (False, False)])
+def test_the_probe_of_the_cause_is_its_definition_in_loops(method, write, passed):
+    mixer, h = method["bold"](depth=2).layers[1].mixer, draw(2, 12, 24)
+    keep = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1, 0, 0, 1, 1, 0, 0]]).bool()
+    got, _ = mixer(h, method["Places"](keep, write, passed))
+    for b in range(2):
+        x, z = (h[b] @ mixer.in_proj.weight.T).chunk(2, -1)
+        forward = probed_direction(mixer, "", x, keep[b], write, passed)
+        backward = probed_direction(mixer, "_b", x.flip(0), keep[b].flip(0), write, passed).flip(0)
+        wanted = ((forward + backward) / 2 * torch.nn.functional.silu(z)) @ mixer.out_proj.weight.T
+        torch.testing.assert_close(got[b, keep[b]], wanted[keep[b]], rtol=1e-9, atol=1e-9)
+
+
 def test_tokens_that_a_mask_drops_stay_dropped(method):
     kept = method["run"](method["bold"](), draw(3, 1, 16, 16), method["Pruning"](0.5, (1, 2), "mask")).kept
     for first, second in zip(*kept, strict=True):
