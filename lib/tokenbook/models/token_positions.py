@@ -4,7 +4,8 @@ Used by `vision_mamba` and by the chapter `ssm-token-pruning`. What the scan doe
 Zhan et al., Exploring Token Pruning in Vision State Space Models (2409.18962); the chapter says from what.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,31 @@ class Kept:
         if bad.any():
             raise ValueError(f"positions must be {wanted}, got {p[bad][0].tolist()}")
 
+    def missing(self) -> Tensor:
+        """How many removed positions lie directly before each token, in scan order: int64 [B, n]."""
+        return gaps(self.positions)
+
     def reversed(self) -> "Kept":
         """The same tokens as the backward direction meets them."""
-        return Kept((self.length - 1 - self.positions).flip(1), self.length, self.decay, self.conv)
+        return replace(self, positions=(self.length - 1 - self.positions).flip(1))
+
+    def convolve(self, convolution: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The causal convolution as the kept tokens meet it: x [B, n, D_i], in scan order -> [B, n, D_i]."""
+        if self.conv == "packed":
+            return convolution(x)
+        places = self.positions[..., None].expand(x.shape)
+        full = x.new_zeros(x.shape[0], self.length, x.shape[2]).scatter(1, places, x)
+        return convolution(full).gather(1, places)
+
+    def steps(self, step: Tensor, empty: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The steps by which tokens are written and by which the state decays (None: the same).
+
+        step [B, n, D_i]: of the kept tokens, in scan order; empty [D_i]: of an all-zero token.
+        """
+        if self.decay == "none":
+            return step, None
+        before = F.pad(step[:, :-1], (0, 0, 1, 0))  # the step of the kept token before
+        return step, step + self.missing()[..., None] * (before if self.decay == "previous" else empty)
 
 
 def gaps(positions: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ The parts, for whoever walks through the blocks himself (this is all that `forwa
   where the tokens were. Norm and residual work on each token alone, so no more has to move.
 - `kept`: a `token_positions.Kept`, the original positions of tokens of which others were removed. The state
   decays over the gaps as `kept.decay` says; `kept.conv` says what the convolution meets there.
+  Any object with the methods `reversed`, `convolve` and `steps` of `Kept` will do: a probe of the scan.
 - `return_y`: a third result, the gated outputs of both scans [2, B, M, D_i], each token at its own place.
 
 A block: residual += hidden (float32); hidden = mixer(norm(residual)). The mixer: [x, z] = in_proj(h); in each
@@ -36,6 +37,7 @@ Used by the chapters `shufflemamba` and `ssm-token-pruning`.
 import math
 import pickle
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenbook.kernels.selective_scan import selective_scan
-from tokenbook.models.token_positions import Kept, gaps
+from tokenbook.models.token_positions import Kept
 
 #: Width and depth of the published sizes (ShuffleMamba's large also exists with 40 blocks).
 SIZES = {"tiny": (192, 24), "small": (384, 24), "middle": (576, 32), "base": (768, 24), "large": (1024, 48)}
@@ -130,22 +132,14 @@ class Mixer(nn.Module):
 
     def _direction(self, x, conv, x_proj, dt_proj, kept):
         """x [B, M, D_i] in scan order -> u, step, B, C and the decay step or None, [B, M, .] each."""
-        if kept is None or kept.conv == "packed":
-            u = _causal_conv(x, conv)
-        else:
-            places = kept.positions[..., None].expand(x.shape)
-            full = x.new_zeros(x.shape[0], kept.length, x.shape[2]).scatter(1, places, x)
-            u = _causal_conv(full, conv).gather(1, places)
-        u = F.silu(u)
+        convolve = partial(_causal_conv, conv=conv)
+        u = F.silu(convolve(x) if kept is None else kept.convolve(convolve, x))
         dt, B, C = x_proj(u).split([self.rank, self.n_states, self.n_states], dim=2)
         step = F.softplus(_wide(dt_proj(dt)))
-        if kept is None or kept.decay == "none":
+        if kept is None:
             return u, step, B, C, None
-        if kept.decay == "previous":
-            missing = F.pad(step[:, :-1], (0, 0, 1, 0))  # the step of the kept token before
-        else:
-            missing = F.softplus(_wide(dt_proj.bias))
-        return u, step, B, C, step + gaps(kept.positions)[..., None] * missing
+        write, decay = kept.steps(step, F.softplus(_wide(dt_proj.bias)))
+        return u, write, B, C, decay
 
 
 class Block(nn.Module):
