@@ -34,7 +34,8 @@ from transformers import (
 
 from tests.chapters.conftest import NOTEBOOKS
 from tokenbook.kernels import rope
-from tokenbook.parameters import ParameterError
+from tokenbook.parameters import ParameterError, Spec
+from tokenbook.runs import sweeps
 
 CHAPTER = "pie"
 TINY = {
@@ -445,8 +446,9 @@ def test_paper_scale_runs_on_local_checkpoints_through_the_same_cells(run_cells,
     tiny(kind).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     space = run_cells(
-        CHAPTER, scale="paper", device="cpu", dtype="float32", model=str(tmp_path), dataset=str(folder),
-        level="2k", context_len=400, n_samples=3, max_new_tokens=4, timing_lengths=[64, 96], successive_edits=2, n_edits=2,
+        CHAPTER, scale="paper", device="cpu", dtype="bfloat16" if kind == KINDS[2] else "float32",
+        model=str(tmp_path), dataset=str(folder), level="2k", context_len=400, n_samples=3, max_new_tokens=4,
+        timing_lengths=[64, 96], successive_edits=2, n_edits=2,
         edit_kinds=["replacement", "multi"] if kind == KINDS[0] else ["insertion"],
     )  # fmt: skip
     rows = {row["claim"]: row for row in space["ledger"].rows()}
@@ -503,3 +505,10 @@ def test_a_rename_changes_the_only_definition_and_is_asked_for_its_copy(run_cell
         assert name in new
         assert len(old) != len(new)
         assert old[: s.edits[0].start] == new[: s.edits[0].start]
+
+
+@pytest.mark.parametrize("name", ["pie-edit-position", "pie-successive-edits"])
+def test_the_books_sweeps_are_sweeps_of_this_chapter(name):
+    sweep = sweeps.load(NOTEBOOKS.parent / "book" / "sweeps" / f"{name}.yml")
+    assert sweep.chapter == CHAPTER
+    assert len(sweep.given(Spec.load(CHAPTER))) in (14, 15)
