@@ -381,7 +381,7 @@ def verdicts_with(smoke, runs, **changes):
     cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
     start, end = ([cell.id for cell in cells].index(name) for name in ("measures", "check-end"))
     for cell in cells[start:end]:
-        if cell.cell_type == "code" and not cell.id.startswith(("figure", "table")):
+        if cell.cell_type == "code" and not cell.id.startswith(("figure", "table", "gate")):
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(compile(cell.source, cell.id, "exec"), space)
     return {row["claim"]: row for row in space["ledger"].rows()}
