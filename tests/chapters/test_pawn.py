@@ -48,6 +48,7 @@ def smoke(run_cells):
         ({"hidden_layers": 0}, "hidden_layers must be a whole number, 1..8; got 0"),
         ({"human_label": 2}, "human_label must be a whole number, 0..1; got 2"),
         ({"model": "gpt2"}, "model must be empty for docs, which trains its own; got 'gpt2'"),
+        ({"observer": "gpt2"}, "observer must be empty for docs, which trains its own; got 'gpt2'"),
         ({"dataset": "yaful/MAGE"}, "model must name a backbone for dataset 'yaful/MAGE'; got ''"),
         ({"prompt_length": 20}, "prompt_length must be at most half of max_length = 32; got 20"),
         ({"n_train": 5000}, "n_train and n_test must leave files for the language models; got 5000 and 4"),
