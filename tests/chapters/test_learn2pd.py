@@ -6,6 +6,7 @@ import json
 from unittest import mock
 
 import IPython.display
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -306,26 +307,47 @@ def test_the_loss_is_its_definition(method):
 
 def test_answers_follow_their_places(method):
     world, facts = method["world"], method["world"].heldout[:30]
-    coins = np.array([(1, 0)] * 30)
-    for fact, answer in zip(facts, world.answers(facts, coins, 32).tolist(), strict=True):
+    odd = np.array([(1, 2)] * 30)
+    for fact, answer in zip(facts, world.answers(facts, odd, 32).tolist(), strict=True):
         task, start, *notes = fact.tolist()
-        link = start
-        for t, (kind, value) in enumerate(world.places[task]):
+        link, places = start, world.places[task]
+        for token, (kind, value) in zip(answer, places, strict=False):
             if kind == "link":
                 link = int(world.powers[1][link])
-            wanted = {"word": 10 + value, "link": 22 + link, "note": 34 + notes[value % 3]}
-            wanted |= {"choice0": 10 + 2 * value + 1, "choice1": 10 + 2 * value}
-            assert answer[t] == wanted[kind]
-        assert set(answer[len(world.places[task]) :]) == {EOT}
-    endless = method["Chains"](0, ends=False).answers(facts, coins, 48)
-    assert EOT not in endless
-    kinds = {len(places): [kind for kind, _ in places] for places in world.places}
-    assert all(kinds[n].count("choice1") == (3 if n > 8 else 0) for n in kinds)
-    assert all(kinds[n].count("choice0") == 3 for n in kinds)
+                assert token == 22 + link
+            elif kind.startswith("choice"):
+                assert token == 10 + 2 * value[0] + (value[1] == (1 if kind == "choice0" else 2))
+            else:
+                assert token == {"word": 10 + value, "note": 34 + notes[value % 3]}[kind]
+        assert set(answer[len(places) :]) == {EOT}
+        for kind in ("choice0", "choice1"):
+            members = [value[1] for k, value in places if k == kind]
+            assert sorted(members) == [0, 1, 2] or (kind == "choice1" and len(places) < 10 and not members)
+    assert EOT not in method["Chains"](0, ends=False).answers(facts, odd, 48)
 
 
-def test_filters_trained_side_by_side_are_those_trained_alone(ideal):
+def test_what_counts_as_solved(method, monkeypatch):
+    """Any one member may be odd; what stands behind the first end-of-text does not count."""
+    world, facts = method["world"], method["world"].heldout[:40]
+    for odd in ((0, 0), (2, 1)):
+        right = torch.from_numpy(world.answers(facts, np.tile(odd, (40, 1)), 32))
+        assert world.solved(facts, right).all()
+        right[:, -1] = 12  # garbage behind the end
+        assert world.solved(facts, right).all()
+        right[:, 0] = 12  # a word in the place of a link
+        assert not world.solved(facts, right).any()
+    none_odd = torch.from_numpy(world.answers(facts, np.full((40, 2), 3), 32))
+    assert not world.solved(facts, none_odd).any()
+    values = method["P"].as_dict() | {"n_filter_prompts": 4600, "n_test": 9}
+    monkeypatch.setitem(method, "P", type(method["P"])(values, None))
+    with pytest.raises(ParameterError, match="must share 4608 held-out prompts; got 4600 and 9"):
+        world.items()
+
+
+def test_filters_trained_side_by_side_are_those_trained_alone(ideal, monkeypatch):
     method = ideal
+    values = method["P"].as_dict() | {"filter_updates": 25, "filter_lr": 0.003}
+    monkeypatch.setitem(method, "P", type(method["P"])(values, None))
     draw = torch.Generator().manual_seed(1)
     conf = torch.rand(40, B, generator=draw)
     labels = (torch.rand(2, 40, B, generator=draw) < conf).float()
@@ -336,7 +358,7 @@ def test_filters_trained_side_by_side_are_those_trained_alone(ideal):
         alone = method["Filter"](B)
         optimizer = torch.optim.AdamW(alone.parameters(), lr=0.003)
         used = weights[m].bool()
-        for _ in range(method["P"].filter_updates):
+        for _ in range(25):
             loss = nn.functional.binary_cross_entropy_with_logits(alone(conf[used]), labels[m][used])
             optimizer.zero_grad()
             loss.backward()
@@ -352,7 +374,7 @@ def test_filters_trained_side_by_side_are_those_trained_alone(ideal):
 
 
 class Ideal(nn.Module):
-    """A masked-diffusion model that knows the task: what is decided is nearly certain, a choice is a coin.
+    """A masked-diffusion model that knows the task: what is decided is nearly certain, a choice has its odds.
 
     Its keys are its tokens, so caches work, and are exact.
     """
@@ -385,21 +407,24 @@ class Ideal(nn.Module):
     def belief(self, tokens):
         """The likelier token of every place and its probability: [R, G] each."""
         facts, G, R = self.facts(tokens), tokens.shape[1] - P, len(tokens)
-        first, second = (torch.from_numpy(self.world.answers(facts, np.full((R, 2), c), G)) for c in (0, 1))
-        kinds = [[kind for kind, _ in places] for places in self.world.places]
-        kinds = [(k * G)[:G] if not self.world.ends else (k + ["end"] * G)[:G] for k in kinds]
-        kind, now = np.array(kinds)[facts[:, 0]], tokens[:, P:]  # (R, G)
-        t = torch.arange(G)
-        lean = (7 * t + torch.from_numpy(facts[:, 2:].sum(1) + 3 * facts[:, 2])[:, None]) % 5 < 2
-        y, p = first, torch.full((R, G), 0.9995)
-        for name in ("choice0", "choice1"):
-            group = torch.from_numpy(kind == name)
-            known = group & (now != MASK)
-            place = known.int().argmax(1, keepdim=True)
-            told = (now == second).gather(1, place)
-            wants_second = torch.where(known.any(1, keepdim=True), told, lean)
-            y = torch.where(group & wants_second, second, y)
-            p = p.masked_fill(group & ~known.any(1, keepdim=True), 0.6)
+        first = torch.from_numpy(self.world.answers(facts, np.full((R, 2), 3), G))  # no member is odd
+        y, p, now = first.clone(), torch.full((R, G), 0.9995), tokens[:, P:]
+        for task, places in enumerate(self.world.places):
+            rows = torch.from_numpy(np.flatnonzero(facts[:, 0] == task))
+            for name in ("choice0", "choice1"):
+                at = {value[1]: t for t, (kind, value) in enumerate(places) if kind == name and t < G}
+                if len(at) < 3 or not len(rows):
+                    continue
+                at = torch.tensor([at[m] for m in range(3)])
+                seen, plain = now[rows][:, at], first[rows][:, at]  # (r, 3)
+                weight = torch.tensor([0.45, 0.33, 0.22]) * (
+                    seen != plain
+                )  # a member known to be plain is out
+                known_odd = (seen != MASK) & (seen != plain)
+                weight = torch.where(known_odd.any(1, keepdim=True), known_odd.float(), weight)
+                odd = weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
+                y[rows[:, None], at] = torch.where(odd > 0.5, plain + 1, plain)
+                p[rows[:, None], at] = torch.maximum(odd, 1 - odd).clamp(max=0.9995)
         return y, p
 
 
@@ -591,9 +616,17 @@ def test_the_filter_is_judged_against_its_rival(ideal, swap, holds):
     assert got == "untested" if holds is None else (got == "reproduced") == holds
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made but not rendered, which takes most of a small run's time."""
+    monkeypatch.setattr("tokenbook.figures.show", lambda figure, *_: plt.close(figure))
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_two_runs_with_one_seed_agree(run_cells):
-    one, two = (run_cells(CHAPTER, scale="smoke", seed=4, n_test=4)["ledger"].payload() for _ in range(2))
-    timed = [[c for c in p["claims"] if c["claim"] != "L8"] for p in (one, two)]
+    few = {"scale": "smoke", "seed": 4, "n_test": 4, "n_filter_prompts": 10}
+    one, two = (run_cells(CHAPTER, **few)["ledger"].payload() for _ in range(2))
+    timed = [[c for c in payload["claims"] if c["claim"] != "L8"] for payload in (one, two)]
     assert timed[0] == timed[1]
     assert one["measurements"] == two["measurements"]
 
@@ -619,16 +652,16 @@ def tiny(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
     config = EuroBertConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, mask_token_id=1, pad_token_id=0, bos_token_id=3, eos_token_id=2,
-        initializer_range=0.5,
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, mask_token_id=1, pad_token_id=0, bos_token_id=3, eos_token_id=2,
+        initializer_range=0.5, max_position_embeddings=64,
     )  # fmt: skip
     EuroBertForMaskedLM(config).save_pretrained(folder)
     rows = [
         {"question": f"how many apples are {i} {i}" + " 1" * (i % 2), "answer": f"#### {i}"}
         for i in range(10)
     ]
-    texts = [{"inputs": f"how many {i} are {9 - i}", "task": str(i % 5)} for i in range(10)] * 3
+    texts = [{"inputs": f"how many {i} are {j}", "task": str(i)} for i in range(15) for j in range(3)]
     for name, content in {"train": rows, "test": rows}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, content)))
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
@@ -636,8 +669,8 @@ def tiny(tmp_path_factory):
 
 
 SHORT = {
-    "scale": "paper", "device": "cpu", "dtype": "float32", "mask_id": 1, "eot_id": 2, "gen_length": 32,
-    "block_length": 16, "lengths": [16, 32], "n_filter_prompts": 10, "n_test": 2, "n_length_prompts": 2,
+    "scale": "paper", "device": "cpu", "dtype": "float32", "mask_id": 1, "eot_id": 2, "gen_length": 16,
+    "block_length": 8, "lengths": [8, 16], "n_filter_prompts": 12, "n_test": 2, "n_length_prompts": 2,
     "filter_updates": 3, "taus": [0.9], "thresholds": [0.9], "entropies": [0.1], "n_shots": 2,
 }  # fmt: skip
 
@@ -650,14 +683,16 @@ def paper_scale(folder, **changes):
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_paper_scale_runs_through_the_same_cells(run_cells, tiny):
     space = run_cells(CHAPTER, **paper_scale(tiny))
     got = verdicts(space)
     assert {c for c, v in got.items() if v == "untested"} == {"L3", "L6", "L11"}
-    assert space["runs"]["filter"][0].answers.shape == (2, 32)
+    assert space["runs"]["filter"][0].answers.shape == (2, 16)
     assert space["P"].rows == 1
-    assert [len(p) for p in space["TEST_PROMPTS"][0]] == [24, 25]  # two shots in front, of different lengths
-    assert len(space["FILTER_ITEMS"][0]) == 5  # at most one text in 66 from one task
+    assert [len(p) for p in space["TEST_PROMPTS"][0]] == [29, 30]  # two shots in front, of different lengths
+    texts = [row["inputs"] for row in space["FILTER_ITEMS"][0]]
+    assert texts == [f"how many {i} are 0" for i in range(12)]  # at most one text in 66 from one task
     assert "filter + EoTP + dual cache" in space["runs"]
     texts = space["tokenizer"](["1 2 <end> 7", "how many 3"], padding="max_length", max_length=4)["input_ids"]
     solved = space["worlds"][0].solved([{"answer": "#### 2"}, {"answer": "#### 4"}], torch.tensor(texts))
@@ -665,8 +700,12 @@ def test_paper_scale_runs_through_the_same_cells(run_cells, tiny):
 
 
 def test_what_a_checkpoint_lacks_is_named(run_cells, tiny, tmp_path):
-    with pytest.raises(ParameterError, match="prompt and generation must fit the model's 8192 positions"):
-        run_cells(CHAPTER, before="oracle-text", **paper_scale(tiny, lengths=[16, 4096 * 2 // 16 * 16]))
+    with pytest.raises(
+        ParameterError, match="prompt and generation must fit the model's 64 positions; got 94"
+    ):
+        run_cells(CHAPTER, before="oracle-text", **paper_scale(tiny, lengths=[8, 64]))
+    with pytest.raises(ParameterError, match=r"n_filter_prompts must be at most .* 15 texts .*; got 40"):
+        run_cells(CHAPTER, before="oracle-text", **paper_scale(tiny, n_filter_prompts=40))
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "no column for it"}))
     with pytest.raises(HubError, match="filter_dataset must have a column inputs or question; got text"):
         run_cells(
