@@ -653,8 +653,8 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     config = EuroBertConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=8, mask_token_id=1, pad_token_id=0, bos_token_id=3, eos_token_id=2,
-        initializer_range=0.5, max_position_embeddings=64,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, mask_token_id=1, pad_token_id=0,
+        bos_token_id=3, eos_token_id=2, initializer_range=0.5, max_position_embeddings=64,
     )  # fmt: skip
     EuroBertForMaskedLM(config).save_pretrained(folder)
     rows = [
