@@ -28,12 +28,13 @@ from tokenbook.parameters import ParameterError
 
 CHAPTER = "learn2pd"
 MASK, EOT, P, B = 1, 2, 7, 16
+SIZES = {"scale": "smoke", "gen_length": 32, "block_length": B, "lengths": [16, 32]}
 
 
 @pytest.fixture(scope="module")
 def method(run_cells):
     """The chapter's definitions, nothing trained."""
-    return run_cells(CHAPTER, before="train-text", scale="smoke")
+    return run_cells(CHAPTER, before="train-text", **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def probe(method):
 )
 def test_bad_parameters_are_refused_in_one_sentence(run_cells, given, message):
     with pytest.raises(ParameterError, match=message):
-        run_cells(CHAPTER, before="imports", **{"scale": "smoke", **given})
+        run_cells(CHAPTER, before="imports", **{**SIZES, **given})
 
 
 @pytest.mark.parametrize(
@@ -453,7 +454,7 @@ def verdicts(space):
 def ideal(run_cells):
     """The whole chapter on ideal predictors."""
     space = run_cells(
-        CHAPTER, before="filters", scale="smoke", gen_length=32, lengths=[16, 32], n_filter_prompts=60,
+        CHAPTER, before="filters", **SIZES, n_filter_prompts=60,
         n_test=24, n_length_prompts=8, filter_updates=1500, filter_lr=0.01, train_steps=1,
     )  # fmt: skip
     space["models"], space["endless"] = [Ideal(space["worlds"][0])], Ideal(space["Chains"](0, ends=False))
