@@ -60,9 +60,9 @@ def cells_from(space, first, **changes):
         ({"merge_level": 11}, "merge_level must be .*2..10; got 11"),
         ({"merge_level": 2}, r"merge_level must be at least 3: a structure is \d+ cells .* wide; got 2"),
         ({"variants": ["no_mntp"]}, r"variants must contain uni3dar, the method; got \['no_mntp'\]"),
-        ({"elements": ["H", "C", "Xe"]}, "elements must be among C, F, H, N, O; got Xe"),
+        ({"elements": ["H", "C", "Xe"]}, "elements must be among H, C, N, O, F; got Xe"),
         ({"dataset": "nowhere.xyz"}, "dataset 'nowhere.xyz' cannot be read: there is no file nowhere.xyz"),
-        ({"rotation": "flip"}, "rotation must be one of none, z90, so3; got 'flip'"),
+        ({"rotation": "flip"}, "rotation must be one of none, tilt, z90, so3; got 'flip'"),
         ({"scale": "paper"}, "dataset must be 'generated', a file, a folder or a hub id; got ''"),
     ],
 )
