@@ -35,14 +35,14 @@ def smoke(run_cells):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shuffle_rate": 1.2}, "shuffle_rate must be 0.0..1.0; got 1.2"),
+        ({"shuffle_rate": 1.2}, "shuffle_rate must be a number, 0.0..1.0; got 1.2"),
         ({"rates": [0.2, -0.1]}, "rates must be .*got"),
         ({"schedule": "cosine"}, "schedule must be one of linear, constant, reversed, last; got 'cosine'"),
         ({"scope": "class"}, "scope must be one of all, patches, window; got 'class'"),
         ({"n_train": 1000}, r"must be at most 1797, all digits; got 1000 \+ 800"),
         ({"n_train_more": [1200]}, r"n_train_more\) plus n_test must be at most 1797.*got 1200"),
-        ({"patch": 3}, "patch must divide image_size = 8 into at least 2 patches; got 3"),
-        ({"patch": 8}, "patch must divide image_size = 8 into at least 2 patches; got 8"),
+        ({"patch_size": 3}, "patch_size must divide image_size = 8 into at least 2 patches; got 3"),
+        ({"patch_size": 8}, "patch_size must divide image_size = 8 into at least 2 patches; got 8"),
         ({"image_size": 16}, "image_size must be 8 for the digits; got 16"),
         ({"batch": 101}, "batch must be at most n_train and n_train_more, 100; got 101"),
         ({"model": "/nowhere/vim.pth", "scale": "smoke"}, "must be a .safetensors or .pth file that exists"),
