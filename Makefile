@@ -1,5 +1,6 @@
-# Every target sets up what it needs. PYTHON picks the interpreter (3.11 to 3.13).
+# Every target sets up what it needs. PYTHON picks the interpreter (3.11 to 3.13), WORKERS how many tests run at once.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: setup book read test bench lint clean
@@ -20,8 +21,8 @@ read: setup          ## render the committed results, execute nothing
 	$(BIN)/jupyter-book build .
 	@echo "Open _build/html/index.html"
 
-test: setup
-	$(BIN)/python -m pytest
+test: setup          ## file by file, WORKERS at a time
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: setup
 	$(BIN)/python -m benchmarks

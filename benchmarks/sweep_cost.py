@@ -3,7 +3,9 @@
 First case: runs that import torch, transformers and seaborn, by plain papermill in a loop, by papermill in
 a process pool, and by `tokenbook sweep`'s engine, as many at once as there are cores. Second case: a stub
 notebook that imports nothing, 50 runs and 1,000 runs on our engine: time per run, memory and open files of
-the process that drives the sweep. TOKENBOOK_BENCH_RUNS sets other numbers of runs, e.g. `10,20,40`.
+the process that drives the sweep. Third case: runs that compute for 5 s on one core each, one at a time and
+as many at once as there are cores: the note gives the parallel efficiency, time alone over cores times time
+together. TOKENBOOK_BENCH_RUNS sets other numbers of runs, e.g. `10,20,40,4`.
 """
 
 import os
@@ -12,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,11 +27,13 @@ from tokenbook.runs import device as machine
 from tokenbook.runs import engines, notebooks, schedule, warm
 
 TESTS = ["tests/runs/test_run.py"]
-HEAVY_RUNS, FEW, MANY = map(int, os.environ.get("TOKENBOOK_BENCH_RUNS", "50,50,1000").split(","))
+_SIZES = os.environ.get("TOKENBOOK_BENCH_RUNS", "50,50,1000,8").split(",")
+HEAVY_RUNS, FEW, MANY, LONG_RUNS = map(int, _SIZES)
+LONG = "end = time.thread_time() + 5\nwhile time.thread_time() < end:\n    sum(range(10_000))"
 
 
 def measure(device: torch.device) -> list[Row]:
-    """Rows of both cases, milliseconds per run."""
+    """Rows of all cases, milliseconds per run."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -49,15 +54,28 @@ def measure(device: torch.device) -> list[Row]:
                 rows.append(
                     _row("a sweep of stub runs", f"tokenbook, {n_runs} runs", n_runs, seconds, _footprint())
                 )
+            path = _trivial_project.make(root, imports="import time", body=LONG)
+            rows += _efficiency(path, root)
         finally:
             warm.template.stop()
             del os.environ["TOKENBOOK_ROOT"]
     return rows
 
 
-def _ours(path: Path, out: Path, n_runs: int) -> None:
+def _efficiency(path: Path, root: Path) -> list[Row]:
+    cores, case = machine.cores(), "a sweep of runs of 5 s"
+    together = _timed(_ours, path, root / "together", LONG_RUNS)
+    alone = _timed(partial(_ours, jobs=1), path, root / "alone", LONG_RUNS)
+    note = f"parallel efficiency {alone / (cores * together):.2f} on {cores} cores"
+    return [
+        _row(case, f"tokenbook, {cores} at a time", LONG_RUNS, together, note),
+        _row(case, "tokenbook, one at a time", LONG_RUNS, alone),
+    ]
+
+
+def _ours(path: Path, out: Path, n_runs: int, jobs: int | None = None) -> None:
     runs = schedule.plan(notebooks.Chapter("trivial", path), [{"seed": seed} for seed in range(n_runs)])
-    jobs = machine.cores()
+    jobs = jobs or machine.cores()
     engine = engines.LocalEngine(jobs)
     plain = schedule.jobs_of(runs, str(out), threads=engines.threads_per_run(jobs), timeout=120, is_warm=True)
     records = schedule.execute_all(plain, engine)

@@ -134,7 +134,8 @@ def test_figures_have_alternative_text(notebook):
     images = re.findall(r"<img [^>]*>", html)
     assert images, "a chapter has figures"
     for image in images:
-        assert re.search(r'alt="[^"]{20,}"', image), image[:60]
+        assert (alt := re.search(r'alt="([^"]{20,})"', image)), image[:60]
+        assert not re.search(r"[.;:,] *[.;]", alt[1].replace("...", "")), f"a gap in: {alt[1]}"
     assert not any("image/png" in o.get("data", {}) for c in code_cells(notebook) for o in c.outputs)
 
 

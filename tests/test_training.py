@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from itertools import pairwise
 
 import nbformat
@@ -109,3 +110,46 @@ def test_progress_in_a_notebook_ends_as_one_plain_line_and_keeps_stderr_clean():
 def test_progress_outside_a_notebook_is_silent_without_a_terminal(capsys):
     assert list(training.progress(range(3), "working")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def small_fit(seed):
+    """The losses of a short fit that draws from its own generator only."""
+    model = torch.nn.Linear(4, 1)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(1, 4, generator=draw))
+        model.bias.zero_()
+
+    def loss_at(step):
+        return model(torch.randn(8, 4, generator=draw)).square().mean()
+
+    return training.fit(model, loss_at, 20, lr=0.01, show_progress=False).losses
+
+
+def test_side_by_side_gives_what_one_by_one_gives_in_the_order_asked_for():
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = training.side_by_side({s: lambda s=s: small_fit(s) for s in (3, 1, 2)}, torch.device("cpu"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(n_threads)
+    assert list(found) == [3, 1, 2]
+    assert found == {s: small_fit(s) for s in (1, 2, 3)}
+
+
+def test_side_by_side_raises_the_first_error_and_begins_nothing_more():
+    begun = []
+
+    def fail():
+        raise FloatingPointError("the loss of step 3 is nan")
+
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        jobs = {"bad": fail, **{n: lambda n=n: begun.append(n) or time.sleep(0.05) for n in range(50)}}
+        with pytest.raises(FloatingPointError, match="step 3"):
+            training.side_by_side(jobs, torch.device("cpu"))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert len(begun) < 50

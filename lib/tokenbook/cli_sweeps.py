@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tokenbook.runs import console, engines, notebooks, schedule, sweeps, table
 @store_option
 @timeout_option
 @click.option("--retries", type=click.IntRange(0), default=0, help="Further tries of a run that fails.")
+@click.option("--publish", is_flag=True, help="Write the results beside FILE.yml, and their page.")
 def sweep(
     what: str,
     grid: tuple,
@@ -32,6 +34,7 @@ def sweep(
     sample_seed: int,
     dry_run: bool,
     where: str | None,
+    publish: bool,
     **how: Any,
 ) -> None:
     """Execute a chapter for all combinations of parameters.
@@ -41,7 +44,10 @@ def sweep(
     """
     if how["jobs"] and how["scheduler"]:
         raise click.UsageError("--jobs is for this machine; with --scheduler the workers' threads decide")
-    if what.endswith((".yml", ".yaml")):
+    is_file = what.endswith((".yml", ".yaml"))
+    if publish and not is_file:
+        raise click.UsageError("--publish goes with a FILE.yml, which says what to show")
+    if is_file:
         if grid or pairs:
             raise click.UsageError("a sweep's file holds its parameters: -g and -p go with a CHAPTER")
         specification = sweeps.load(Path(what))
@@ -61,8 +67,26 @@ def sweep(
     if dry_run:
         console.preview(runs, target, how["jobs"])
         return
-    console.execute(runs, target, console.Options(**how))
+    records = console.execute(runs, target, console.Options(**how))
+    if publish:
+        _publish(Path(what), specification, runs, table.to_frame(records, target), found.root)
     click.echo(str(target))
+
+
+def _publish(
+    path: Path, specification: sweeps.Sweep, runs: list[schedule.Run], frame: Any, root: Path
+) -> None:
+    """Keep what the book shows of a sweep: a small Parquet file, its page, its figure."""
+    from tokenbook import pages
+    from tokenbook.pages import sweeps as sweep_pages
+
+    given = {run.key: json.dumps(run.given, sort_keys=True) for run in runs}
+    try:
+        target = sweep_pages.publish(path, specification, frame.assign(given=frame["key"].map(given)))
+        for name in [target, *pages.write(root)]:
+            click.echo(f"written: {name}", err=True)
+    except pages.PageError as error:
+        raise console.Failure(str(error)) from error
 
 
 @click.command()

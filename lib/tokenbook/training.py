@@ -6,8 +6,10 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,12 +102,14 @@ def fit(
     schedule: str = "cosine",
     clip: float | None = 1.0,
     description: str = "training",
+    show_progress: bool = True,
 ) -> Fit:
     """Train the parameters of `model` that require a gradient with AdamW; the model is left in eval mode.
 
     `loss_at(step)` draws the batch of that step and returns its scalar loss.  `warmup` is in steps (default:
-    5 % of `n_steps`), `clip` bounds the gradient's norm (None: no bound).  Raises FloatingPointError at the
-    first loss that is not finite, ValueError on an unknown schedule or a negative number of steps.
+    5 % of `n_steps`), `clip` bounds the gradient's norm (None: no bound); `show_progress=False` for fits that
+    run `side_by_side`.  Raises FloatingPointError at the first loss that is not finite, ValueError on an
+    unknown schedule or a negative number of steps.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
@@ -119,7 +123,8 @@ def fit(
     )
     losses, grad_norms, start = [], [], time.perf_counter()
     model.train()
-    for step in progress(range(n_steps), description, n_steps):
+    steps = range(n_steps)
+    for step in progress(steps, description, n_steps) if show_progress else steps:
         loss = loss_at(step)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -134,6 +139,33 @@ def fit(
         grad_norms.append(float(norm))
     model.eval()
     return Fit(losses, grad_norms, time.perf_counter() - start)
+
+
+def side_by_side(
+    jobs: Mapping[Hashable, Callable[[], Any]], device: torch.device, description: str = "trainings"
+) -> dict[Hashable, Any]:
+    """Call every job and return {name: result}, in the order given, with one progress bar over all of them.
+
+    On the CPU as many at once as torch has threads, each with one thread: a small model's operations are too
+    short to be shared out, so two trainings at once take little longer than one.  Elsewhere one by one.  Jobs
+    must not draw from the global random state: make models beforehand, and take generators.  The first error
+    ends the rest that have not begun, and is raised.
+    """
+    n_threads = torch.get_num_threads()
+    n_workers = n_threads if device.type == "cpu" else 1
+    threads = {"initializer": torch.set_num_threads, "initargs": (max(1, n_threads // n_workers),)}
+    try:
+        with ThreadPoolExecutor(n_workers, **threads) as pool:
+            running = {pool.submit(job): name for name, job in jobs.items()}
+            try:
+                for done in progress(as_completed(running), description, len(running)):
+                    done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(n_threads)  # the setting of a thread becomes that of the process
+    return {name: future.result() for future, name in running.items()}
 
 
 def random_windows(ids: torch.Tensor, length: int, batch: int, generator: torch.Generator) -> torch.Tensor:

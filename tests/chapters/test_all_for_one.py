@@ -1,6 +1,7 @@
 """The chapter `all-for-one`: refusals, exactness, the paper-scale path, verdicts lost by breaking it."""
 
 import ast
+import dataclasses
 import json
 from pathlib import Path
 
@@ -237,14 +238,23 @@ def test_means_do_not_depend_on_how_the_prompts_are_split(workshop, monkeypatch)
 def planted(workshop):
     """A planted model that has learned one-digit sums, at smoke size."""
     narrow = workshop["af1_plan"](5, 2, 2)
-    model = workshop["train"]("planted", workshop["LlamaForCausalLM"], narrow, seed=0, n_steps=350)
+    model = workshop["train"]("planted", workshop["LlamaForCausalLM"], narrow, seed=0, n_steps=600)
     return model, narrow
+
+
+def repeated(prompts, n):
+    """Every prompt n times: the smoke scale has too few for an interval narrow enough to show 99 %."""
+    join = {"style": lambda text: text, "operands": lambda x: np.concatenate([x] * n)}
+    fields = {f.name: getattr(prompts, f.name) for f in dataclasses.fields(prompts)}
+    many = {name: join.get(name, lambda x: torch.cat([x] * n))(value) for name, value in fields.items()}
+    return type(prompts)(**many)
 
 
 def planted_verdicts(workshop, planted):
     """Verdicts on M1 and M2 as the chapter's own functions reach them."""
     model, narrow = planted
-    subject = workshop["Subject"]("planted", model, narrow, workshop["infix"])
+    prompts = [repeated(group, 6) for group in workshop["infix"]]
+    subject = workshop["Subject"]("planted", model, narrow, prompts)
     subject.wait, subject.cells = workshop["wait_sweep"](subject), workshop["af1_grid"](subject)
     subject.cut_last = workshop["cut_sweep"](subject, "last")
     subject.cut_others = workshop["cut_sweep"](subject, "others")
@@ -297,11 +307,11 @@ def test_means_that_forget_their_own_token_cost_the_sufficiency(judged, planted,
 
 
 def test_two_runs_with_one_seed_agree_and_another_seed_differs(run_cells):
-    runs = [
-        run_cells(CHAPTER, scale="smoke", device="cpu", seed=seed)["ledger"].payload() for seed in (3, 3, 4)
-    ]
-    for payload in runs:
-        payload.pop("parameters"), payload.pop("backends")
-    first, second, other = (json.dumps(payload, sort_keys=True) for payload in runs)
-    assert first == second
-    assert first != other
+    first, second = (run_cells(CHAPTER, scale="smoke", device="cpu", seed=3) for _ in range(2))
+    one, two = (space["ledger"].payload() for space in (first, second))
+    for payload in (one, two):
+        payload.pop("backends")
+    assert json.dumps(one, sort_keys=True) == json.dumps(two, sort_keys=True)
+    other = run_cells(CHAPTER, before="sweeps", scale="smoke", device="cpu", seed=4)
+    weights = [space["subjects"][0].start[0] for space in (first, other)]
+    assert not torch.equal(*weights)

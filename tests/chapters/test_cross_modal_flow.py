@@ -44,7 +44,7 @@ def method(run_cells):
 @pytest.fixture(scope="module")
 def learned(run_cells):
     """The whole chapter on one small model that learns, and the two planted ones."""
-    return run_cells(CHAPTER, scale="smoke", layers=3, train_steps=200, windows=[3])
+    return run_cells(CHAPTER, scale="smoke", layers=3, train_steps=500, windows=[3])
 
 
 # Refusals --------------------------------------------------------------------------------------------------

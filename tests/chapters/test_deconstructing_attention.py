@@ -204,27 +204,27 @@ def test_recall_values_are_bound_before_they_are_asked_for(method):
         assert all(bound[queries[i + 1]] == queries[i + 2] for i in range(0, len(queries), 3))
 
 
-def test_indicators_of_known_maps(method):
+def test_indicators_of_known_maps(smoke):
     T = 8
     uniform = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
-    found = method["indicators"](uniform.expand(2, 3, T, T))
+    found = smoke["indicators"](uniform.expand(2, 3, T, T))
     assert found["entropy"] == pytest.approx(np.log(np.arange(1, T + 1)).mean(), rel=1e-5)
     assert found["head diversity"] == pytest.approx(0)
     assert found["sink"] == pytest.approx((1 / np.arange(1, T + 1)).mean(), rel=1e-5)
     assert found["local focus 1"] == pytest.approx((1 / np.arange(2, T + 1)).mean(), rel=1e-5)
-    eye = method["indicators"](torch.eye(T).expand(1, 2, T, T))
+    eye = smoke["indicators"](torch.eye(T).expand(1, 2, T, T))
     assert (eye["entropy"], eye["local focus 0"], eye["local focus 1"]) == (0, 1, 0)
     assert eye["concentration"] == pytest.approx(math.sqrt(T))
 
 
 @pytest.mark.parametrize(("mode", "layers"), [("layer", 2), ("attention", 4)])
-def test_skipping_leaves_the_trained_model_alone(method, monkeypatch, mode, layers):
-    values = method["P"].as_dict() | {"skip": mode}
-    monkeypatch.setitem(method, "P", type(method["P"])(values, None))
-    model, ids = method["bold"]("random", "hybrid"), torch.arange(40)[None]
+def test_skipping_leaves_the_trained_model_alone(smoke, monkeypatch, mode, layers):
+    values = smoke["P"].as_dict() | {"skip": mode}
+    monkeypatch.setitem(smoke, "P", type(smoke["P"])(values, None))
+    model, ids = smoke["bold"]("random", "hybrid"), torch.arange(40)[None]
     with torch.no_grad():
         before = model(ids).logits
-        cut = method["without_odd_layers"](model)
+        cut = smoke["without_odd_layers"](model)
         assert not torch.allclose(cut(ids).logits, before)
         assert torch.equal(model(ids).logits, before)
     assert len(cut.model.layers) == layers

@@ -7,7 +7,7 @@ Two markers:
 
 Triton decides at its import whether kernels are compiled or interpreted, so one process can only do one of
 the two, and other tests (or torch.compile) may have imported it long before. The tests marked `interpreter`
-are therefore written like any other test, but run in ONE child pytest with TRITON_INTERPRET=1; the child's
+are therefore written like any other test, but run in a child pytest with TRITON_INTERPRET=1; the child's
 reports are replayed here one by one, so that failures, durations and `-k` look as if they ran in this
 process. To debug one, run it directly: `TRITON_INTERPRET=1 pytest -m interpreter tests/kernels --pdb`.
 
@@ -44,10 +44,13 @@ def pytest_runtest_protocol(item, nextitem):
     """Replay an interpreter test's reports from the child instead of running it here."""
     if INTERPRETING or not item.get_closest_marker("interpreter"):
         return None
-    child = item.session.stash.get(CHILD, None)
-    if child is None:
-        nodes = [i.nodeid for i in item.session.items if i.get_closest_marker("interpreter")]
-        child = item.session.stash[CHILD] = _Child(item.config, nodes)
+    children = item.session.stash.setdefault(CHILDREN, {})
+    # A worker of pytest-xdist collects all tests and is given some files: a child for each of those.
+    of = item.path if "PYTEST_XDIST_WORKER" in os.environ else None
+    if (child := children.get(of)) is None:
+        wanted = [i for i in item.session.items if i.get_closest_marker("interpreter")]
+        nodes = [i.nodeid for i in wanted if of in (None, i.path)]
+        child = children[of] = _Child(item.config, nodes)
         item.config.add_cleanup(child.close)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in child.reports_of(item):
@@ -118,4 +121,4 @@ class _Child:
         self.folder.cleanup()
 
 
-CHILD = pytest.StashKey[_Child]()
+CHILDREN = pytest.StashKey[dict]()

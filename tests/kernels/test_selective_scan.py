@@ -101,6 +101,60 @@ def test_equals_the_loop_of_transformers():
     assert_close(selective_scan(**g), theirs, 1e-6)
 
 
+BLOCKED = ("A", "D", "delta_bias")  # arguments that blocks of rows have for themselves
+
+
+def blocks_of_rows(n_blocks, without=(), **options):
+    """Arguments for 2 rows in each of several blocks, and those of each block alone."""
+    each = [arguments(2, 5, 11, 3, without=without, seed=i, **options) for i in range(n_blocks)]
+    names = [name for name, t in each[0].items() if isinstance(t, torch.Tensor)]
+    join = {name: torch.stack if name in BLOCKED else torch.cat for name in names}
+    joint = {n: join[n]([g[n].detach() for g in each]).requires_grad_() for n in names}
+    return joint | {"delta_softplus": True}, each
+
+
+@pytest.mark.parametrize("without", [(), OPTIONS], ids=["all", "bare"])
+def test_blocks_of_rows_have_weights_of_their_own(without):
+    joint, each = blocks_of_rows(3, without)
+    assert_agrees(joint, 1e-13)
+    together = selective_scan(**joint)
+    alone = torch.cat([selective_scan(**g) for g in each])
+    assert_close(together, alone, 1e-14)
+
+
+def test_gradcheck_of_blocks(monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_CHUNK", 5)
+    joint, _ = blocks_of_rows(2)
+    names = [name for name, t in joint.items() if isinstance(t, torch.Tensor)]
+
+    def function(*tensors):
+        return selective_scan(**dict(zip(names, tensors, strict=True)), delta_softplus=True)
+
+    assert torch.autograd.gradcheck(function, [joint[name] for name in names])
+
+
+@pytest.mark.parametrize("shared", [(), ("A", "u")], ids=["all mapped", "some shared"])
+@pytest.mark.parametrize("inner", [False, True], ids=["rows alike", "blocks of rows"])
+def test_vmap_gives_each_model_its_own_scan(inner, shared, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_VALUES", 1)  # several chunks
+    models = [blocks_of_rows(2)[0] if inner else arguments(2, 5, 11, 3, seed=i) for i in range(3)]
+    names = [name for name, t in models[0].items() if isinstance(t, torch.Tensor)]
+    for m in models[1:]:
+        m.update({name: models[0][name] for name in shared})
+    stacked = {n: models[0][n] if n in shared else torch.stack([m[n] for m in models]) for n in names}
+    axes = {n: None if n in shared else 0 for n in names}
+    mapped = torch.func.vmap(lambda g: selective_scan(**g, delta_softplus=True), (axes,))(stacked)
+    weight = torch.randn(mapped.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    got = torch.autograd.grad(
+        (mapped * weight).sum(), [m[n] for m in models for n in names], allow_unused=True
+    )
+    alone = torch.stack([selective_scan(**m) for m in models])
+    assert_close(mapped, alone, 1e-14)
+    wanted = torch.autograd.grad((alone * weight).sum(), [m[n] for m in models for n in names])
+    for g, w in zip(got, wanted, strict=True):
+        assert_close(g, w, 1e-13)
+
+
 def test_tokens_with_a_gap_decay_as_if_the_missing_ones_had_been_passed():
     g = arguments(2, 4, 40, 3, without=("delta_decay", "z", "delta_bias"))
     g["delta_softplus"] = False
@@ -201,6 +255,8 @@ def test_backends_are_recorded():
         ({"delta_bias": torch.zeros(1, 3)}, r"delta_bias must be \[D\] = \[3\], got \[1, 3\]"),
         ({"delta_decay": torch.zeros(2, 3)}, r"delta_decay must be \[B, D, L\]"),
         ({"delta_decay": 1.5}, "delta_decay must be a tensor, got float"),
+        ({"A": torch.zeros(3, 3, 2)}, r"G must divide the 2 rows of u, got \[3, 3, 2\]"),
+        ({"A": torch.zeros(2, 3, 2)}, r"D must be \[G, D\] = \[2, 3\], got \[3\]"),
         ({"delta_softplus": 1}, "delta_softplus must be True or False, got 1"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, reference; got 'cuda'"),
         ({"A": torch.zeros(3, 2, device="meta")}, "one device, got .*A on meta"),
@@ -225,6 +281,12 @@ def test_bad_input_is_named(change, message):
 )
 def test_interpreted_kernels_are_the_definition(shape, without, dtype):
     assert_agrees(arguments(*shape, without, dtype), max(2 * ROUNDING[dtype], 2e-6), backend="triton")
+
+
+@pytest.mark.interpreter
+def test_interpreted_kernels_take_blocks_of_rows():
+    joint, _ = blocks_of_rows(2, dtype=torch.float32)
+    assert_agrees(joint, 2e-6, backend="triton")
 
 
 @pytest.mark.interpreter

@@ -6,6 +6,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
+from tokenbook.pages import generate
 from tokenbook.runs import schedule, store, warm
 
 PAPER = """
@@ -52,6 +53,9 @@ class Project:
             (root / folder).mkdir(parents=True)
         (root / "requirements.lock").write_text("numpy==1\n")
         (root / "lib/tokenbook/__init__.py").write_text("")
+        (root / "book/parts.toml").write_text('[[parts]]\ntitle = "tests"\npage = "tests"\n')
+        for page in ("README.md", "book/index.md"):
+            (root / page).write_text(f"# A book\n\n{generate.BEGIN}\n{generate.END}\n")
         self.store = store.open_store(root / "runs")
 
     def chapter(self, slug="demo", body="print(P.n)", end="", imports="from tokenbook import chapter"):

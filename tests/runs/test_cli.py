@@ -171,8 +171,9 @@ def test_build_executes_only_what_is_stale_and_hands_the_runs_to_the_pages(proje
 def test_refresh_writes_outputs_into_the_notebooks(project):
     chapter = project.chapter(body="print('fresh')")
     status, _, err = call("refresh")
-    assert status == 0
+    assert status == 0, err
     assert "written: notebooks/demo.ipynb" in err
+    assert "written: book/scoreboard.md" in err
     assert "fresh\\n" in chapter.path.read_text()
     assert "unchanged: notebooks/demo.ipynb" in call("refresh", "demo")[2]
 
@@ -210,6 +211,6 @@ def test_an_interrupt_ends_kernels_with_status_130_and_the_next_call_resumes(pro
     assert b"Interrupted" in err
     assert b"Traceback" not in err
     assert gone(lambda: processes_with(str(project.root)))
-    assert list(project.store.records()) == []
+    assert [(r["status"], r["error"]) for r in project.store.records()] == []
     assert not list(project.store.folder.glob(".running/*/*"))
     assert call("run", "first", "-p", "seed", "1")[0] == 0

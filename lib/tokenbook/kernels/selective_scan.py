@@ -11,6 +11,9 @@ the missing positions: the state then decays as if they had been passed. It is u
 delta_bias do not touch it.
 
 Shapes: u, delta, z, delta_decay [B, D, L]; A [D, N]; B, C [B, N, L]; D, delta_bias [D]; L is the length here.
+Several scans with weights of their own run as one where A is [G, D, N], and D and delta_bias are [G, D]: the
+rows are then G equal blocks, and block g uses A[g] (the two directions of a bidirectional model).
+torch.func.vmap over several models runs as one scan as well, on the torch path.
 Any floating dtypes, any strides; y has u's dtype. State and sums are float32 (float64 if a tensor is
 float64). O(B D L N) time; memory beyond the inputs O(B D N (L / chunk + chunk)) when gradients are wanted.
 
@@ -59,11 +62,11 @@ def selective_scan(
     Args:
         u: input [B, D, L], floating.
         delta: step sizes [B, D, L], before delta_bias and softplus.
-        A: [D, N]; negative for a state that fades (not checked).
+        A: [D, N], or [G, D, N] for G blocks of rows; negative for a state that fades (not checked).
         B, C: input and output projections [B, N, L].
-        D: skip weights [D], or None for no skip.
+        D: skip weights [D] ([G, D]), or None for no skip.
         z: gate [B, D, L], before silu, or None for no gate.
-        delta_bias: [D], added to delta, or None.
+        delta_bias: [D] ([G, D]), added to delta, or None.
         delta_softplus: whether delta (with its bias) goes through softplus.
         delta_decay: final step sizes [B, D, L] of the decay; None: those of delta.
         backend: "auto", "triton", "torch" or "reference".
@@ -76,16 +79,14 @@ def selective_scan(
     rows = {"z": z, "delta_decay": delta_decay}
     _check(u, delta, A, B, C, rows, vectors, delta_softplus)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C} | rows | vectors
-    n_states = A.shape[1]
+    n_states = A.shape[-1]
     unsupported = f"N must be at most {MAX_STATE}, got {n_states}" if n_states > MAX_STATE else None
     chosen = choose_backend("selective_scan", backend, tensors, unsupported)
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_decay)
     if chosen == "reference":
         return selective_scan_reference(*arguments)
     if chosen == "triton":
-        from tokenbook.kernels.selective_scan_triton import selective_scan_triton
-
-        return selective_scan_triton(*arguments)
+        return _selective_scan_triton(*arguments)
     return _selective_scan_torch(*arguments)
 
 
@@ -93,20 +94,21 @@ def selective_scan_reference(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, delta_decay=None
 ) -> torch.Tensor:
     """The definition, step by step in float64, differentiable; same arguments, result in u's dtype."""
-    x, step, A, B, C = (t.double() for t in (u, delta, A, B, C))
+    x, step, B, C = (t.double() for t in (u, delta, B, C))
+    A = _per_row(A.double(), len(x), 2)
     if delta_bias is not None:
-        step = step + delta_bias.double()[:, None]
+        step = step + _per_row(delta_bias.double(), len(x))[..., None]
     if delta_softplus:
         step = torch.nn.functional.softplus(step)
     decay = step if delta_decay is None else delta_decay.double()
-    h = x.new_zeros(*x.shape[:2], A.shape[1])  # (B, D, N)
+    h = x.new_zeros(*x.shape[:2], A.shape[-1])  # (B, D, N)
     outputs = [x[:, :, 0:0]]
     for t in range(x.shape[-1]):
         h = torch.exp(decay[:, :, t, None] * A) * h + (step * x)[:, :, t, None] * B[:, None, :, t]
         outputs.append((h * C[:, None, :, t]).sum(-1, keepdim=True))
     y = torch.cat(outputs, dim=-1)
     if D is not None:
-        y = y + D.double()[:, None] * x
+        y = y + _per_row(D.double(), len(x))[..., None] * x
     if z is not None:
         y = y * torch.nn.functional.silu(z.double())
     return y.to(u.dtype)
@@ -118,16 +120,40 @@ def _selective_scan_torch(u, delta, A, B, C, D, z, delta_bias, delta_softplus, d
     wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
     x, step = _time_major(u, wide), _time_major(delta, wide)
     if delta_bias is not None:
-        step = step + delta_bias.to(wide)
+        step = step + _per_row(delta_bias.to(wide), u.shape[0])
     if delta_softplus:
         step = torch.nn.functional.softplus(step)
     decay = step if delta_decay is None else _time_major(delta_decay, wide)
-    y = _Scan.apply(step * x, decay, A.to(wide), _time_major(B, wide), _time_major(C, wide))
+    grouped = A.to(wide) if A.dim() == 3 else A.to(wide)[None]
+    keep = torch.is_grad_enabled()  # inside vmap no tensor says whether it wants a gradient
+    y, _ = _Scan.apply(step * x, decay, grouped, _time_major(B, wide), _time_major(C, wide), keep)
     if D is not None:
-        y = torch.addcmul(y, x, D.to(wide))
+        y = torch.addcmul(y, x, _per_row(D.to(wide), u.shape[0]))
     if z is not None:
         y = y * torch.nn.functional.silu(_time_major(z, wide))
-    return y.to(u.dtype).permute(1, 2, 0).contiguous()
+    return y.to(u.dtype).permute(1, 2, 0)  # as it lies in memory: L is the slow axis
+
+
+def _selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_decay):
+    """The Triton kernels, launched once per block of rows: their A is one for all rows."""
+    from tokenbook.kernels.selective_scan_triton import selective_scan_triton
+
+    if A.dim() == 2:
+        return selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, delta_decay)
+    n_blocks = len(A)
+    rows = [[None] * n_blocks if t is None else t.chunk(n_blocks) for t in (u, delta, B, C, z, delta_decay)]
+    weights = [[None] * n_blocks if t is None else t.unbind() for t in (A, D, delta_bias)]
+    outputs = []
+    for u, delta, B, C, z, decay, A, D, bias in zip(*rows, *weights, strict=True):
+        outputs.append(selective_scan_triton(u, delta, A, B, C, D, z, bias, delta_softplus, decay))
+    return torch.cat(outputs)
+
+
+def _per_row(weights: torch.Tensor, n_rows: int, n_axes: int = 1) -> torch.Tensor:
+    """Weights of `n_axes` axes stay as they are; those of G blocks are repeated for every row of a block."""
+    if weights.dim() == n_axes:
+        return weights
+    return weights.unsqueeze(1).expand(-1, n_rows // weights.shape[0], *weights.shape[1:]).flatten(0, 1)
 
 
 def _time_major(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,18 +163,18 @@ def _time_major(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class _Scan(torch.autograd.Function):
     """h_t = exp(decay_t A) h_{t-1} + x_t B_t, y_t = <C_t, h_t>; x, decay, y [L, B, D], B and C [L, B, N].
 
-    States lie as [L, B, N, D]: the long axis last, so that every operation runs over contiguous channels.
-    Everything works in place on buffers of one chunk, which stay in the cache.
+    A is [G, D, N], for G equal blocks of rows. States lie as [L, B, N, D]: the long axis last, so that every
+    operation runs over contiguous channels. Everything works in place on buffers of one chunk, which stay in
+    the cache. The second result, the states at which chunks start, is for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, decay, A, B, C):
+    def forward(x, decay, A, B, C, keep):
         length, n_rows, width = x.shape
-        n_states = A.shape[1]
-        rates = (A.t() * LOG2_E).contiguous()  # exp2 is twice as fast as exp on CPU
+        n_states = A.shape[2]
+        rates = (A.mT * LOG2_E).contiguous()  # exp2 is twice as fast as exp on CPU
         chunk = _chunk(n_rows * n_states * width)
         y = torch.empty_like(x)
-        keep = any(ctx.needs_input_grad)
         starts = x.new_zeros(-(-length // chunk) if keep else 1, n_rows, n_states, width)
         factors = x.new_empty(min(chunk, length), n_rows, n_states, width)
         states = torch.empty_like(factors)
@@ -162,21 +188,38 @@ class _Scan(torch.autograd.Function):
             _run_chunk(a, h, x[here], decay[here], rates, B[here], start)
             flat = h.view(n * n_rows, n_states, width)
             torch.bmm(C[here].view(-1, 1, n_states), flat, out=y[here].view(-1, 1, width))
-        if keep:
-            ctx.save_for_backward(x, decay, A, B, C, starts)
-            ctx.chunk = chunk
-        return y
+        return y, starts
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, decay, A, B, C, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else every backward pass fills zeros as large as the states
+        ctx.save_for_backward(x, decay, A, B, C, output[1])
+
+    @staticmethod
+    def vmap(info, in_dims, x, decay, A, B, C, keep):
+        """Several scans as one: theirs becomes the slow axis of the rows, and of the blocks of A."""
+        rows = [
+            _in_front(t, d, info, 1)
+            for t, d in zip((x, decay, B, C), in_dims[:2] + in_dims[3:5], strict=True)
+        ]
+        x, decay, B, C = (t.flatten(1, 2) for t in rows)
+        y, starts = _Scan.apply(x, decay, _in_front(A, in_dims[2], info, 0).flatten(0, 1), B, C, keep)
+        return (y.unflatten(1, (info.batch_size, -1)), starts.unflatten(1, (info.batch_size, -1))), (1, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 6
         x, decay, A, B, C, starts = ctx.saved_tensors
-        chunk = ctx.chunk
-        rates = (A.t() * LOG2_E).contiguous()
-        slopes = A.t().contiguous()
+        chunk = _chunk(starts[0].numel())
+        rates = (A.mT * LOG2_E).contiguous()
+        slopes = A.mT.contiguous().unsqueeze(1)  # (G, 1, N, D)
         dy = dy.contiguous()
         dx, ddecay, dB, dC = (torch.empty_like(t) for t in (x, decay, B, C))
-        dA = x.new_zeros(starts.shape[1:])  # (B, N, D), summed over B at the end
+        dA = x.new_zeros(starts.shape[1:])  # (B, N, D), summed over the rows of a block at the end
         carry = torch.zeros_like(dA)  # exp(decay_{t+1} A) * dLoss/dh_{t+1}
         buffers = x.new_empty(3, min(chunk, len(x)), *starts.shape[1:])
         for i in reversed(range(len(starts))):
@@ -195,10 +238,23 @@ class _Scan(torch.autograd.Function):
             # a becomes dLoss/d(exponent of the decay) = g_t * exp(decay_t A) * h_{t-1}.
             a[0].mul_(starts[i])
             a[1:].mul_(h[:-1])
-            torch.sum(torch.mul(a, slopes, out=g), 2, out=ddecay[here])
+            torch.mul(_blocks(a, A), slopes, out=_blocks(g, A))
+            torch.sum(g, 2, out=ddecay[here])
             for t in range(len(a)):
                 dA.addcmul_(a[t], decay[here.start + t].unsqueeze(1))
-        return dx, ddecay, dA.sum(0).t(), dB, dC
+        return dx, ddecay, dA.unflatten(0, (len(A), -1)).sum(1).mT, dB, dC, None
+
+
+def _in_front(t: torch.Tensor, axis: int | None, info, place: int) -> torch.Tensor:
+    """The mapped axis of a tensor moved to `place`; one that is not mapped is repeated."""
+    if axis is not None:
+        return t.movedim(axis, place)
+    return t.unsqueeze(place).expand(*t.shape[:place], info.batch_size, *t.shape[place:])
+
+
+def _blocks(t: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Rows [n, B, ...] as blocks of rows [n, G, B / G, ...]."""
+    return t.unflatten(1, (len(A), -1))
 
 
 def _chunk(n_values: int) -> int:
@@ -208,7 +264,7 @@ def _chunk(n_values: int) -> int:
 
 def _run_chunk(factors, states, x, decay, rates, B, start) -> None:
     """Fill factors = exp2(decay rates) and the states of one chunk, [n, B, N, D], beginning from `start`."""
-    torch.mul(decay.unsqueeze(2), rates, out=factors)
+    torch.mul(_blocks(decay.unsqueeze(2), rates), rates.unsqueeze(1), out=_blocks(factors, rates))
     factors.clamp_min_(LOWEST_EXPONENT * LOG2_E).exp2_()
     torch.mul(x.unsqueeze(2), B.unsqueeze(-1), out=states)
     previous = start
@@ -239,12 +295,18 @@ def _check(u, delta, A, B, C, rows, vectors, delta_softplus) -> None:
         raise ValueError(f"u must be [B, D, L], got shape {list(u.shape)}")
     if u.numel() == 0:
         raise ValueError(f"u must not be empty, got shape {list(u.shape)}")
-    if A.dim() != 2 or A.shape[0] != u.shape[1] or A.shape[1] < 1:
+    if A.dim() not in (2, 3) or A.shape[-2] != u.shape[1] or A.numel() < 1:
         raise ValueError(f"A must be [D, N] with D = {u.shape[1]} from u and N >= 1, got {list(A.shape)}")
+    if A.dim() == 3 and u.shape[0] % A.shape[0]:
+        raise ValueError(
+            f"A for G blocks of rows: G must divide the {u.shape[0]} rows of u, got {list(A.shape)}"
+        )
     n_rows, width, length = u.shape
-    projection, axes = [n_rows, A.shape[1], length], "[B, N, L]"
+    projection, axes = [n_rows, A.shape[-1], length], "[B, N, L]"
     wanted = {"delta": (list(u.shape), "[B, D, L]"), "B": (projection, axes), "C": (projection, axes)}
-    wanted |= dict.fromkeys(rows, (list(u.shape), "[B, D, L]")) | dict.fromkeys(vectors, ([width], "[D]"))
+    wanted |= dict.fromkeys(rows, (list(u.shape), "[B, D, L]")) | dict.fromkeys(
+        vectors, ([*A.shape[:-2], width], "[D]" if A.dim() == 2 else "[G, D]")
+    )
     for name, (shape, axes) in wanted.items():
         if name in given and list(given[name].shape) != shape:
             raise ValueError(f"{name} must be {axes} = {shape}, got {list(given[name].shape)}")

@@ -62,8 +62,8 @@ def parts(root: Path) -> list[dict[str, str]]:
 
 
 def sweep_pages(root: Path) -> list[str]:
-    """Pages of committed sweeps, as paths without suffix."""
-    return [f"book/sweeps/{page.stem}" for page in sorted((root / "book" / "sweeps").glob("*.md"))]
+    """Pages of the sweeps whose results are committed, as paths without suffix."""
+    return [f"book/sweeps/{path.stem}" for path in sorted((root / "book" / "sweeps").glob("*.parquet"))]
 
 
 def toc(root: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenbook.pages import kernels, picture, scoreboard, status
+from tokenbook.pages import kernels, picture, scoreboard, status, sweeps
 from tokenbook.pages.contents import PageError, toc
 from tokenbook.pages.material import Material, gather, totals
 
@@ -32,6 +32,7 @@ def generated(root: Path, runs: Mapping[str, Path] | None = None) -> dict[str, s
     }
     drawn = picture.files() | kernels.figures(root / "benchmarks" / "results")
     files |= {f"book/figures/{name}": text for name, text in drawn.items()}
+    files |= sweeps.generated(root)
     for path, (link, page) in TOTALS.items():
         text = _read(root / path)
         if text is None:

@@ -90,9 +90,12 @@ class Template:
 
     def address(self) -> str:
         """Socket of the running template; starts it, or starts it again after its death."""
+        from multiprocessing import resource_tracker
         from multiprocessing.forkserver import ForkServer
 
         with self._lock:
+            # The forkserver starts it too, but its start unblocks SIGINT and SIGTERM again: so before.
+            resource_tracker.ensure_running()
             if self._server is None:
                 self._server = ForkServer()
                 self._server.set_forkserver_preload(self.preload)
