@@ -34,13 +34,14 @@ def execute_cells(chapter, before=None, patch=None, **parameters):
 
 @pytest.fixture(scope="session")
 def run_cells():
-    """`execute_cells` without its displays, and with torch's global switch put back behind each call."""
+    """`execute_cells` without its displays, and with torch's global switches put back behind each call."""
     import IPython.display
     import torch
 
     def run(*args, **kwargs):
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(mock.patch.object(IPython.display, "display"))
             return execute_cells(*args, **kwargs)
