@@ -1,6 +1,7 @@
 """The chapter `shufflemamba`: refusals, the shuffle done again in loops, verdicts, the paper-scale path."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import IPython.display
@@ -252,6 +253,15 @@ def test_runs_of_a_seed_share_everything_but_the_arm(method):
     assert together["keep"].unique().numel() > 3
     read = together["read_at"][[i for i, k in enumerate(kinds) if k != "untracked"]]
     assert (read == 0).all()
+
+
+def test_models_built_in_several_threads_at_once_have_the_weights_of_their_seed(method):
+    seeds = [3, 4] * 8
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda seed: method["make_model"](10, 1, seed).state_dict(), seeds))
+    for seed, state in zip(seeds, together, strict=True):
+        alone = method["make_model"](10, 1, seed).state_dict()
+        assert all(torch.equal(state[k], alone[k]) for k in alone)
 
 
 def test_training_sets_are_nested_apart_from_test_images_and_labels_can_be_shuffled(method):
