@@ -156,13 +156,12 @@ def exec_with(space, values, call):
         space.update(before)
 
 
-def test_a_loss_that_is_not_finite_names_the_seed_and_the_step(method, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_seed_and_the_step(method):
     broken = method["new_model"](7)
     with torch.no_grad():
         broken.lm_head.weight.fill_(math.nan)
-    monkeypatch.setitem(method, "new_model", lambda seed: broken)
     with pytest.raises(FloatingPointError, match="seed 7: the loss of step 0 is nan"):
-        method["train"](7)
+        method["train"](broken, 7)
 
 
 # The method, done again by hand ----------------------------------------------------------------------------
@@ -483,7 +482,7 @@ def test_choices_and_questions_of_several_lengths_run_through(run_cells):
     assert found.sources["True option->Last"].max() == 1
     assert found.sources["Question without options->Last"].max() == 4
     assert found.sources["Related->Question"].max() == 4  # a quadrant has four patches of 4 pixels
-    assert set(space["jobs"]) == {0}  # no planted models: they have one length
+    assert set(space["done"]) == {0}  # no planted models: they have one length
 
 
 # The paper-scale path --------------------------------------------------------------------------------------
@@ -583,7 +582,10 @@ def test_paper_scale_runs_on_local_checkpoints_through_the_same_cells(run_cells,
     found = space["results"][0]["ChooseAttr", "trained"]
     assert found.accuracy == pytest.approx(5 / 6)
     assert found.curves["Image->Question", 3].shape == (5, 3)
-    assert found.words["the answer"].shape == (5, 4)
+    followed = [
+        f"{word}{form}" for word in ("the answer", "a false answer") for form in ("", ", capitalised")
+    ]
+    assert {name: value.shape for name, value in found.words.items()} == dict.fromkeys(followed, (5, 4))
     assert {row["claim"]: row["verdict"] for row in space["ledger"].rows()}["X4"] == "untested"
     q = space["questions"]["ChooseAttr"][0]
     assert set(q.flags.tolist()) == ({0, 1} if kind == "llava" else {-1, 0, 1})
