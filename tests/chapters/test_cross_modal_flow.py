@@ -224,6 +224,48 @@ def test_groups_are_those_of_the_prompt(method):
     assert sorted(groups["Random"] + groups["Rest"]) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("flow", "targets", "sources"),
+    [
+        ("Question->Last", [11], range(5, 11)),
+        ("Image->Last", [11], range(1, 5)),
+        ("Last->Last", [11], [11]),
+        ("Image->Question", range(5, 11), range(1, 5)),
+        ("Related->Question", range(5, 11), [1]),
+        ("Other->Question", range(5, 11), [2, 3, 4]),
+        ("All->Last", [11], range(1, 12)),
+        ("Image->Behind", range(5, 12), range(1, 5)),
+        ("Object->Question", range(6, 11), [6]),  # a word in front of the object cannot see it anyway
+    ],
+)
+def test_a_flow_is_the_edges_from_its_targets_to_its_sources(method, flow, targets, sources):
+    # <begin> image image image image the ring red or blue ? <answer>: the ring is in the first quadrant
+    found = method["edges_of"](method["toy_batch"], flow)[0].nonzero().tolist()
+    assert found == [[target, source] for target in targets for source in sources]
+
+
+def test_random_patches_are_not_the_related_ones(method):
+    locate, processor = method["locate"], method["toy_processor"]
+    batch = method["encode"](processor, method["toys"])
+    groups = [locate(processor, batch, seed).groups for seed in range(30)]
+    hits = torch.stack([g["Random"] & g["Related"] for g in groups]).sum((1, 2)).double()
+    assert hits.mean() == pytest.approx(3 / 4, abs=0.4)  # three pictures, one patch of four each
+    assert all(torch.equal(g["Random"].sum(1), g["Related"].sum(1)) for g in groups)
+
+
+def test_edges_closed_in_training_carry_no_gradient(method, monkeypatch):
+    parameters = type(method["P"])(method["P"].as_dict() | {"train_steps": 1}, None)
+    monkeypatch.setitem(method, "P", parameters)
+    blind = method["edges_of"](method["toy_batch"], "Image->Behind")[0]
+    short = [i for i in range(12) if i not in (6, 7, 8)]  # a prompt about a place: <begin> <image> the ... ?
+    for closed in (None, blind[short][:, short]):
+        model = method["new_model"](0)
+        before = model.model.multi_modal_projector.linear_1.weight.clone()
+        after = method["train"](model, 0, closed).model.multi_modal_projector.linear_1.weight
+        only_decayed = torch.allclose(after, before * (1 - method["RATE"] * 0.01), rtol=1e-6, atol=0)
+        assert only_decayed == (closed is not None)
+
+
 def test_random_edges_are_as_many_and_leave_every_position_itself(method):
     blocked = method["edges_of"](method["toy_batch"], "Random edges", seed=5)
     assert blocked.sum((1, 2)).tolist() == [6, 6, 6]
