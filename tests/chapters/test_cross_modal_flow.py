@@ -156,13 +156,12 @@ def exec_with(space, values, call):
         space.update(before)
 
 
-def test_a_loss_that_is_not_finite_names_the_seed_and_the_step(method, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_seed_and_the_step(method):
     broken = method["new_model"](7)
     with torch.no_grad():
         broken.lm_head.weight.fill_(math.nan)
-    monkeypatch.setitem(method, "new_model", lambda seed: broken)
     with pytest.raises(FloatingPointError, match="seed 7: the loss of step 0 is nan"):
-        method["train"](7)
+        method["train"](broken, 7)
 
 
 # The method, done again by hand ----------------------------------------------------------------------------
@@ -223,6 +222,48 @@ def test_groups_are_those_of_the_prompt(method):
     assert (groups["Related"], groups["Other"]) == ([1], [2, 3, 4])
     assert len(groups["Random"]) == 1
     assert sorted(groups["Random"] + groups["Rest"]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("flow", "targets", "sources"),
+    [
+        ("Question->Last", [11], range(5, 11)),
+        ("Image->Last", [11], range(1, 5)),
+        ("Last->Last", [11], [11]),
+        ("Image->Question", range(5, 11), range(1, 5)),
+        ("Related->Question", range(5, 11), [1]),
+        ("Other->Question", range(5, 11), [2, 3, 4]),
+        ("All->Last", [11], range(1, 12)),
+        ("Image->Behind", range(5, 12), range(1, 5)),
+        ("Object->Question", range(6, 11), [6]),  # a word in front of the object cannot see it anyway
+    ],
+)
+def test_a_flow_is_the_edges_from_its_targets_to_its_sources(method, flow, targets, sources):
+    # <begin> image image image image the ring red or blue ? <answer>: the ring is in the first quadrant
+    found = method["edges_of"](method["toy_batch"], flow)[0].nonzero().tolist()
+    assert found == [[target, source] for target in targets for source in sources]
+
+
+def test_random_patches_are_not_the_related_ones(method):
+    locate, processor = method["locate"], method["toy_processor"]
+    batch = method["encode"](processor, method["toys"])
+    groups = [locate(processor, batch, seed).groups for seed in range(30)]
+    hits = torch.stack([g["Random"] & g["Related"] for g in groups]).sum((1, 2)).double()
+    assert hits.mean() == pytest.approx(3 / 4, abs=0.4)  # three pictures, one patch of four each
+    assert all(torch.equal(g["Random"].sum(1), g["Related"].sum(1)) for g in groups)
+
+
+def test_edges_closed_in_training_carry_no_gradient(method, monkeypatch):
+    parameters = type(method["P"])(method["P"].as_dict() | {"train_steps": 1}, None)
+    monkeypatch.setitem(method, "P", parameters)
+    blind = method["edges_of"](method["toy_batch"], "Image->Behind")[0]
+    short = [i for i in range(12) if i not in (6, 7, 8)]  # a prompt about a place: <begin> <image> the ... ?
+    for closed in (None, blind[short][:, short]):
+        model = method["new_model"](0)
+        before = model.model.multi_modal_projector.linear_1.weight.clone()
+        after = method["train"](model, 0, closed).model.multi_modal_projector.linear_1.weight
+        only_decayed = torch.allclose(after, before * (1 - method["RATE"] * 0.01), rtol=1e-6, atol=0)
+        assert only_decayed == (closed is not None)
 
 
 def test_random_edges_are_as_many_and_leave_every_position_itself(method):
@@ -483,7 +524,7 @@ def test_choices_and_questions_of_several_lengths_run_through(run_cells):
     assert found.sources["True option->Last"].max() == 1
     assert found.sources["Question without options->Last"].max() == 4
     assert found.sources["Related->Question"].max() == 4  # a quadrant has four patches of 4 pixels
-    assert set(space["jobs"]) == {0}  # no planted models: they have one length
+    assert set(space["done"]) == {0}  # no planted models: they have one length
 
 
 # The paper-scale path --------------------------------------------------------------------------------------
@@ -583,7 +624,10 @@ def test_paper_scale_runs_on_local_checkpoints_through_the_same_cells(run_cells,
     found = space["results"][0]["ChooseAttr", "trained"]
     assert found.accuracy == pytest.approx(5 / 6)
     assert found.curves["Image->Question", 3].shape == (5, 3)
-    assert found.words["the answer"].shape == (5, 4)
+    followed = [
+        f"{word}{form}" for word in ("the answer", "a false answer") for form in ("", ", capitalised")
+    ]
+    assert {name: value.shape for name, value in found.words.items()} == dict.fromkeys(followed, (5, 4))
     assert {row["claim"]: row["verdict"] for row in space["ledger"].rows()}["X4"] == "untested"
     q = space["questions"]["ChooseAttr"][0]
     assert set(q.flags.tolist()) == ({0, 1} if kind == "llava" else {-1, 0, 1})
