@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step(method):
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     ids = torch.ones(2, 8, dtype=torch.long)
-    with pytest.raises(FloatingPointError, match=r"tuning: the loss of step 0 is nan; lower the rate 0\.1"):
+    with pytest.raises(FloatingPointError, match=r"tuning: the loss of step 0 is nan; lower lr \(now 0\.1\)"):
         method["train"](model, lambda step: (ids, 1), 1, 0.1, "tuning")
 
 
