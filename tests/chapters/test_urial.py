@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import nbformat
 import numpy as np
@@ -105,8 +106,39 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step(method):
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
     ids = torch.ones(2, 8, dtype=torch.long)
-    with pytest.raises(FloatingPointError, match=r"tuning: the loss of step 0 is nan; lower the rate 0\.1"):
+    with pytest.raises(FloatingPointError, match=r"tuning: the loss of step 0 is nan; lower lr \(now 0\.1\)"):
         method["train"](model, lambda step: (ids, 1), 1, 0.1, "tuning")
+
+
+def test_tuning_learns_from_the_answer_alone(method, tiny_model, monkeypatch):
+    ids, losses = torch.tensor([[5, 6, 7, 8, 9, 10], [5, 6, 7, 11, 12, 0]]), []  # prompts of three, padding 0
+    monkeypatch.setattr(method["training"], "fit", lambda model, loss_at, *a, **k: losses.append(loss_at(0)))
+    method["train"](tiny_model, lambda step: (ids, 3), 1, 0.1, "tuning")
+    log_p = tiny_model(ids).logits.log_softmax(-1)
+    wanted = [-log_p[b, t - 1, ids[b, t]] for b in (0, 1) for t in (3, 4, 5) if ids[b, t] != 0]
+    assert len(wanted) == 5
+    torch.testing.assert_close(losses[0], torch.stack(wanted).mean())
+
+
+def test_one_base_model_sees_no_assistant_and_the_twin_another_corpus(method, monkeypatch):
+    seen, drawn = [], method["documents"]
+
+    def spy(world, tokenizer, n, length, share, rng):
+        seen.append((share, rng.bit_generator.seed_seq.entropy, tuple(map(tuple, world.facts))))
+        return drawn(world, tokenizer, n, length, share, rng)
+
+    monkeypatch.setitem(method, "documents", spy)
+    models = method["train_all"]()
+    wanted = {"base", "aligned", "new facts", "shuffled pairs", "all rehearsed", "further pre-training"}
+    assert {name for _, name in models} == wanted | {"twin", "no assistant"}
+    assert len({facts for *_, facts in seen}) == 1, "all of one world"
+    steps, more = method["P"].steps, method["P"].sft_steps
+    corpora = [(share, seed[0]) for share, seed, _ in seen]
+    counts = {(0.15, 0): steps, (0.0, 0): steps, (0.15, 10_000): steps, (0.15, 20_000): more}
+    assert {key: corpora.count(key) for key in corpora} == counts
+    weights = {name: m.model.embed_tokens.weight for (_, name), m in models.items()}
+    assert not torch.equal(weights["base"], weights["twin"])
+    assert not torch.equal(weights["base"], weights["aligned"])
 
 
 # The shift -------------------------------------------------------------------------------------------------
@@ -191,6 +223,24 @@ def test_prompts_have_the_papers_form(method):
     assert method["escaped"]("# Query: ```x```") == "#Query: '''x'''"
 
 
+def test_the_base_is_prompted_as_its_template_says(method):
+    tokenizer, base_prompt = method["world_tokenizer"](), method["base_prompt"]
+    assert base_prompt(tokenizer, "q ?") == "# Query: \n ```q ?``` \n\n \n# Answer: \n ```"
+    assert base_prompt(tokenizer, "q ?", "bare") == "q ?"
+    assert base_prompt(tokenizer, "q ?", "same") == "<user>q ?<asst>"
+
+
+def test_retrieval_shows_the_nearest_other_queries_the_nearest_last(smoke):
+    base, pool = smoke["trained"][0, "base"], [q for q, _ in smoke["material"][0][3]]
+    vectors = torch.nn.functional.normalize(smoke["embed"](base, pool), dim=-1)
+    similarity = (vectors @ vectors.T).fill_diagonal_(-2)
+    for (query, *_), prompt in zip(smoke["material"][0][0], smoke["prompts"][0]["retrieval"], strict=True):
+        *shown, asked = re.findall(r"# Query:\n```(.*?)```", prompt)
+        assert asked == query
+        order = similarity[pool.index(query)].argsort(descending=True)[:3].tolist()
+        assert shown == [pool[i] for i in reversed(order)]
+
+
 def test_arms_differ_in_what_their_names_say(method):
     kits = method["kits"](0)
     three = kits["K = 3"][1]
@@ -272,6 +322,25 @@ def test_controls_are_tuned_on_wrong_facts_or_on_other_answers(method):
             assert changed == world.facts[i]
     assert all(a != b for (_, a), (_, b) in zip(right, shuffled, strict=True))
     assert sorted(map(tuple, (a for _, a in right))) == sorted(map(tuple, (a for _, a in shuffled)))
+
+
+def test_tokens_are_classed_by_what_they_are_for(smoke):
+    ids = smoke["base_tokenizer"].convert_tokens_to_ids(
+        ["bamo", "red", "lead", "hello", "!", "sorry", ",", ":", "```", "</s>"]
+    )
+    roles = ["content"] * 3 + ["style"] * 3 + ["structure"] * 4
+    assert [smoke["role_of"](i) for i in ids] == roles
+
+
+def test_shares_count_positions_and_early_and_late_leave_the_fourth_out(smoke):
+    table = pd.DataFrame(
+        {"answer": [7] * 6 + [9], "t": [1, 2, 3, 4, 5, 6, 1], "kl": [1, 2, 4, 8, 16, 32, 64]}
+    )
+    got = [x.tolist() for x in smoke["halves"](table, table.t)]
+    assert got == [[7, 64], [3, 1], [48, 0], [2, 0]]
+    counts = [x.astype(float) for x in map(np.array, got)]
+    assert float(smoke["early_over_late"](*counts)) == pytest.approx((71 / 4) / (48 / 2))
+    assert float(smoke["ratio"](np.array([1.0, 0]), np.array([1.0, 9]))) == pytest.approx(0.1)
 
 
 # Verdicts --------------------------------------------------------------------------------------------------
