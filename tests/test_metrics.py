@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenbook import metrics
+from tokenbook.kernels.selective_scan import selective_scan
 
 
 def normal(seed, *shape):
@@ -333,6 +334,19 @@ def test_flops_of_products_and_attention_on_the_cpu():
         for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
             with context():
                 assert metrics.count_flops(attend) == forward
+
+
+@pytest.mark.parametrize(("width", "n_states"), [(32, 4), (48, 16)], ids=["plain loop", "bmm"])
+def test_flops_of_a_scan_are_its_sums_over_states_however_they_are_computed(width, n_states):
+    u, step = (torch.rand(2, width, 9, requires_grad=True) for _ in range(2))
+    B, C = (torch.rand(2, n_states, 9, requires_grad=True) for _ in range(2))
+    A = -torch.rand(width, n_states)
+    product = 2 * 2 * 9 * width * n_states
+    assert metrics.count_flops(selective_scan, u, step, A, B, C) == product
+    backward = 3 * product  # the gradients of u, B and C are such sums; that of the decay is element-wise
+    assert (
+        metrics.count_flops(lambda: selective_scan(u, step, A, B, C).sum().backward()) == product + backward
+    )
 
 
 def test_flops_do_not_depend_on_the_attention_backend():

@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step(smoke):
     broken = smoke["copy"].deepcopy(smoke["dense"][0])
     with torch.no_grad():
         broken.head.bias.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"naive, seed 0: the loss of step 0 is nan; lower its rate"):
+    with pytest.raises(FloatingPointError, match=r"naive, seed 0: the loss of step 0 is nan; lower lr"):
         smoke["fine_tune"](broken, 0, "naive")
 
 
@@ -223,6 +223,67 @@ def test_the_probe_of_the_cause_is_its_definition_in_loops(method, write, passed
         backward = probed_direction(mixer, "_b", x.flip(0), keep[b].flip(0), write, passed).flip(0)
         wanted = ((forward + backward) / 2 * torch.nn.functional.silu(z)) @ mixer.out_proj.weight.T
         torch.testing.assert_close(got[b, keep[b]], wanted[keep[b]], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_pruned_vit_keeps_what_the_class_token_attends_to_and_goes_on_with_it(method):
+    vit, images = method["small_vit"](3).eval(), draw(2, 1, 16, 16).float()
+    result = method["run_vit"](vit, images, method["Pruning"](0.3, (1,)))
+    dense = vit(images, output_attentions=True, output_hidden_states=True)
+    for b in range(2):
+        looks = [sum(float(head[0, m]) for head in dense.attentions[0][b]) for m in range(65)]
+        best = sorted(range(1, 65), key=lambda m: -looks[m])[:20]  # 21 tokens with the class token
+        assert result.kept[0][b].tolist() == sorted([0, *best])
+        rest = dense.hidden_states[1][b : b + 1, sorted([0, *best])]
+        for layer in vit.vit.layers[1:]:
+            rest = layer(rest)
+        wanted = vit.classifier(vit.vit.layernorm(rest)[:, 0])[0]
+        torch.testing.assert_close(result.logits[b], wanted, rtol=1e-4, atol=1e-4)
+    turned = method["run_vit"](vit, images, method["Pruning"](0.3, (1,), importance="reversed")).kept[0]
+    assert all(set(a.tolist()) & set(b.tolist()) == {0} for a, b in zip(result.kept[0], turned, strict=True))
+
+
+@pytest.mark.parametrize("arm", ["aligned, digit kept", "naive, digit kept", "ViT"])
+def test_a_score_that_knows_the_digit_keeps_all_of_it(smoke, arm):
+    vit = arm == "ViT"
+    how = smoke["VIT_ARMS"]["digit kept"] if vit else smoke["PROBES"][arm]
+    model, walk = (
+        smoke["models"]["ViT" if vit else "dense, as trained", 0],
+        smoke["run_vit" if vit else "run"],
+    )
+    box, at = smoke["data"][0].foreground, 0 if vit else 32
+    result = smoke["measure_arm"](model, 0, how, walk)
+    for stage, n in zip(result.kept, (39, 23), strict=True):
+        assert stage.shape == (len(box), n)
+        for own, kept in zip(box, stage, strict=True):
+            digit = {m + (m >= at) for m in own.nonzero()[:, 0].tolist()}
+            assert digit | {at} <= set(kept.tolist())
+    if not vit:
+        assert smoke["foreground_kept"](result, 0) == pytest.approx(100 * 16 / 22)
+
+
+def test_memory_is_one_over_step_and_rate(smoke):
+    model = smoke["bold"](depth=1)
+    mixer = model.layers[0].mixer
+    for dt_proj in (mixer.dt_proj, mixer.dt_proj_b):
+        dt_proj.weight.zero_()  # the same step everywhere
+    found = smoke["memory"](model, draw(2, 1, 16, 16))[0]
+    for direction, suffix in enumerate(("", "_b")):
+        step = torch.nn.functional.softplus(getattr(mixer, f"dt_proj{suffix}").bias)
+        wanted = 1 / (step[:, None] * getattr(mixer, f"A{suffix}_log").exp())
+        torch.testing.assert_close(found[direction], wanted)
+
+
+def test_a_shuffled_order_drops_nothing_and_reads_the_class_token_where_it_went(method):
+    model, images = method["bold"](), draw(3, 1, 16, 16)
+    how = method["replace"](method["PROBES"]["order shuffled"], after=(1, 2))
+    kept = method["run"](model, images, how, torch.Generator().manual_seed(0)).kept
+    assert all(torch.equal(stage.sort(1).values, torch.arange(65).expand(3, -1)) for stage in kept)
+    assert (kept[-1][:, 32] != 32).any()
+    for block in model.layers[1:]:  # blocks that pass nothing on cannot notice an order
+        block.mixer.out_proj.weight.zero_()
+    shuffled = method["run"](model, images, how, torch.Generator().manual_seed(0)).logits
+    torch.testing.assert_close(shuffled, method["run"](model, images).logits)
 
 
 def test_tokens_that_a_mask_drops_stay_dropped(method):

@@ -16,6 +16,7 @@ SHAPES = [
     (1, 7, LONGEST_CHUNK + 1, 16),
     (2, 63, 63, 5),
     (1, 3, 500, 2),
+    (2, 40, 21, 11),  # large enough for products by torch.bmm, all others are summed in a loop
 ]
 
 
@@ -78,6 +79,11 @@ def test_chunks_meet(length, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_VALUES", 1)
     assert module._chunk(10) == 4
     assert_agrees(arguments(2, 6, length, 3), 1e-13)
+
+
+def test_shapes_take_both_ways_of_summing_over_states():
+    products = {width * n_states >= module.SMALL_PRODUCT for _, width, _, n_states in SHAPES}
+    assert products == {True, False}
 
 
 def test_gradcheck(monkeypatch):

@@ -1,5 +1,6 @@
 """What a computation costs: floating-point operations and seconds."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +23,9 @@ def count_flops(function: Callable, *args, **kwargs) -> int:
 
     A multiply and an add are two operations. Counted by torch's own counter through the dispatcher, forward
     and backward, plus what it lacks: scaled_dot_product_attention's kernel on the CPU (torch 2.13 counts it
-    as 0) and products with vectors. Attention counts the full rectangle of scores, whatever the mask, on
-    every device alike. Element-wise work, normalisation, softmax and custom Triton kernels count as 0, and so
-    does compiled code. `function` is called once.
+    as 0), products with vectors, and the products with states inside `selective_scan`. Attention counts the
+    full rectangle of scores, whatever the mask, on every device alike. Element-wise work, normalisation,
+    softmax and custom Triton kernels count as 0, and so does compiled code. `function` is called once.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where that is installed
 
@@ -68,14 +69,17 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _missing_formulas() -> dict:
-    aten = torch.ops.aten
-    return {
+    aten, own = torch.ops.aten, torch.ops.tokenbook
+    formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
         aten.mv: lambda matrix, vector, **_: 2 * matrix[0] * matrix[1],
         aten.addmv: lambda bias, matrix, vector, **_: 2 * matrix[0] * matrix[1],
         aten.dot: lambda a, b, **_: 2 * a[0],
     }
+    if hasattr(own, "sum_over_few_states"):  # there once selective_scan is imported
+        formulas[own.sum_over_few_states] = lambda weights, states, *_, **__: 2 * math.prod(states)
+    return formulas
 
 
 def _attention_flops(query, key, value, *_, **__) -> int:
