@@ -255,6 +255,19 @@ def test_runs_of_a_seed_share_everything_but_the_arm(method):
     assert (read == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "rates"), [("stochastic depth", (0, 0.2, 0.4, 0.6)), ("dropout", (0.3,) * 4)]
+)
+def test_the_other_regularisers_take_away_at_their_rate_and_scale_what_is_left(method, kind, rates):
+    draw, noisy = torch.Generator().manual_seed(0), arm(method, kind=kind, rate=0.6)
+    kept = torch.stack([method["kept_of"](noisy, draw) for _ in range(200)]).double()  # (200, L, B, ., .)
+    for block, rate in zip(kept.unbind(1), rates, strict=True):
+        assert (block == 0).double().mean().item() == pytest.approx(rate, abs=0.03)
+        assert block.max().item() == pytest.approx(1 / (1 - rate))
+    whole_rows = kept.shape[-2:] == (1, 1)
+    assert whole_rows == (kind == "stochastic depth")
+
+
 def test_models_built_in_several_threads_at_once_have_the_weights_of_their_seed(method):
     seeds = [3, 4] * 8
     with ThreadPoolExecutor(8) as pool:
