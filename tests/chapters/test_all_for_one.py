@@ -1,8 +1,10 @@
 """The chapter `all-for-one`: refusals, exactness, the paper-scale path, verdicts lost by breaking it."""
 
 import ast
+import copy
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import nbformat
@@ -92,6 +94,14 @@ def test_given_layers_are_used_instead_of_searched_ones(run_cells, checkpoints):
         CHAPTER, before="verdicts", model=str(checkpoints[CLASSES[0]]), l_wait=1, l_transfer=2, **TINY
     )
     assert namespace["choose"](namespace["subjects"][0])[:2] == (1, 2)
+
+
+def test_no_transfer_layer_leaves_one_answer_per_task(run_cells, checkpoints):
+    namespace = run_cells(CHAPTER, model=str(checkpoints[CLASSES[0]]), l_wait=1, l_transfer=0, **TINY)
+    subject = namespace["subjects"][0]
+    assert namespace["choose"](subject) == (1, 0, False)
+    among_all = np.ones(len(subject.task), bool)
+    assert subject.cells[1, 0].mean() <= subject.chance(among=among_all)
 
 
 def test_layers_that_do_not_fit_are_refused(run_cells, checkpoints, workshop):
@@ -234,6 +244,85 @@ def test_means_do_not_depend_on_how_the_prompts_are_split(workshop, monkeypatch)
     torch.testing.assert_close(parts.tables, whole.tables, atol=1e-6, rtol=1e-5)
 
 
+# The method, done again without the chapter's masks, layers and means --------------------------------------
+
+
+def plain_layers(model, h, start, sees):
+    """A Llama's layers from `start` written out for one prompt h [T, D]; sees(layer, t): keys of query t."""
+    T, n_heads = len(h), model.config.num_attention_heads
+    d, eps = h.shape[1] // n_heads, model.config.rms_norm_eps
+    angles = torch.arange(T)[:, None] * 10_000.0 ** -(torch.arange(0, d, 2) / d)
+    cos, sin = (torch.cat((f(angles), f(angles)), 1).to(h.dtype) for f in (torch.cos, torch.sin))
+
+    def normed(x, norm):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight
+
+    def turned(x):
+        return x * cos + torch.cat((-x[:, d // 2 :], x[:, : d // 2]), 1) * sin
+
+    for index, layer in list(enumerate(model.model.layers))[start:]:
+        x, a = normed(h, layer.input_layernorm), layer.self_attn
+        q, k, v = (x @ p.weight.T for p in (a.q_proj, a.k_proj, a.v_proj))
+        mixed = torch.zeros_like(h)
+        for head in range(n_heads):
+            at = slice(head * d, head * d + d)
+            for t in range(T):
+                keys = sorted(sees(index, t))
+                p = (turned(k[:, at])[keys] @ turned(q[:, at])[t] / d**0.5).softmax(0)
+                mixed[t, at] = p @ v[keys, at]
+        h = h + mixed @ a.o_proj.weight.T
+        x, m = normed(h, layer.post_attention_layernorm), layer.mlp
+        gate = torch.nn.functional.silu(x @ m.gate_proj.weight.T)
+        h = h + (gate * (x @ m.up_proj.weight.T)) @ m.down_proj.weight.T
+    return h, normed(h, model.model.norm) @ model.lm_head.weight.T
+
+
+@pytest.mark.parametrize(("n_wait", "n_transfer"), [(0, 1), (1, 1), (1, 2), (2, 1)])
+def test_af1_is_its_definition_written_out(workshop, n_wait, n_transfer):
+    vocabulary = len(workshop["tokenizer"])
+    model = workshop["small_model"](workshop["LlamaForCausalLM"], vocabulary, 3, 32, 0)
+    plan, task = workshop["plan_of"](*["causal"] * 3), workshop["Task"]("A-B", range(4), range(4))
+    inputs = workshop["cama_inputs"](task, "infix", 0, None)
+    ids, which = inputs[0], torch.zeros(len(inputs[0]), dtype=torch.long)
+    start = workshop["Means"](model, plan, {0: inputs}).at(n_wait, which, ids)
+    af1 = workshop["af1_plan"](3, n_wait, n_transfer)
+    got = workshop["read_out"](model, workshop["run_layers"](model, start, n_wait, af1)[-1])
+    model = model.double()
+    rest, model.model.layers = model.model.layers, model.model.layers[:n_wait]  # causal, as far as it waits
+    whole = [
+        plain_layers(model, model.model.embed_tokens(row), 0, lambda layer, t: range(t + 1))[0] for row in ids
+    ]
+    model.model.layers = rest
+    T = ids.shape[1]
+
+    def sees(layer, t):
+        return range(T) if t == T - 1 and layer < n_wait + n_transfer else {0, t}
+
+    for n, row in enumerate(ids):
+        means = [
+            torch.stack([whole[m][t] for m in range(len(ids)) if ids[m, t] == row[t]]).mean(0)
+            for t in range(T)
+        ]
+        wanted = plain_layers(model, torch.stack(means), n_wait, sees)[1][-1]
+        torch.testing.assert_close(got[n].double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_and_cuts_block_the_edges_that_they_name(workshop):
+    T, seen = 6, lambda blocked: [{s for s in range(6) if not blocked[t, s]} for t in range(6)]
+    peek, cut = workshop["peek"], workshop["cut"]
+    alone = [{0, t} for t in range(T)]
+    causal = [set(range(t + 1)) for t in range(T)]
+    assert seen(peek(T, "causal")) == causal
+    assert seen(peek(T, "self")) == alone
+    assert seen(peek(T, "full")) == [*alone[:-1], causal[-1]]
+    assert seen(peek(T, "operands", operands=(1, 3))) == [*alone[:-1], {0, 1, 3, 5}]
+    assert seen(cut(peek(T, "causal"), "last")) == [*causal[:-1], {0, 5}]
+    assert seen(cut(peek(T, "causal"), "others")) == [*alone[:-1], causal[-1]]
+    assert [seen(mask) for mask in workshop["af1_plan"](4, 1, 2)(T)] == [
+        alone, [*alone[:-1], causal[-1]], [*alone[:-1], causal[-1]], alone,
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def planted(workshop):
     """A planted model that has learned one-digit sums, at smoke size."""
@@ -287,6 +376,43 @@ def test_masks_that_block_nothing_cost_both_verdicts(judged, planted, monkeypatc
 def test_cuts_that_cut_nothing_cost_the_necessity(judged, planted, monkeypatch):
     monkeypatch.setitem(judged, "cut", lambda blocked, who: blocked)
     assert planted_verdicts(judged, planted)["M2"] == "not reproduced"
+
+
+def test_a_head_that_says_nothing_is_pruned_first_and_for_nothing(judged, planted):
+    model, narrow = copy.deepcopy(planted[0]), planted[1]
+    subject = judged["Subject"]("planted", model, narrow, judged["infix"])
+    before = subject.solved
+    with torch.no_grad():  # head 2 of layer 4 (both from 0: 2 and 3) no longer reaches the stream
+        model.model.layers[3].self_attn.o_proj.weight[:, 16:24] = 0
+    subject = judged["Subject"]("planted", model, narrow, judged["infix"])
+    pruned = judged["without_heads"](subject, narrow, [(3, 2)])
+    assert (subject.answer(subject.start, 0, pruned) == subject.solved).all()
+    every = [(layer, head) for layer in (2, 3) for head in range(4)]
+    none = judged["without_heads"](subject, narrow, every)
+    alone = judged["plan_of"](*["self"] * 5)
+    assert (subject.answer(subject.start, 0, none) == subject.answer(subject.start, 0, alone)).all()
+    assert subject.answer(subject.start, 0, none).mean() < before.mean() / 2
+    order = [(3, 2), *[head for head in every if head != (3, 2)]]
+    assert judged["prune"](subject, subject.start, 0, narrow, order, subject.tune)[0] == (3, 2)
+
+
+def test_chance_is_each_tasks_commonest_answer_among_the_solved_prompts(judged):
+    stub = types.SimpleNamespace(task=np.array([0, 0, 0, 1, 1, 1]), answers=np.array([7, 7, 8, 7, 9, 9]))
+    assert judged["Subject"].chance(stub) == pytest.approx(4 / 6)
+    solved = np.array([True, False, True, True, False, False])
+    assert judged["Subject"].chance(stub, among=solved) == pytest.approx(2 / 3)
+
+
+def test_layers_are_judged_on_prompts_that_they_were_not_chosen_on(judged):
+    half = np.arange(40) % 2 == 0
+    wait = np.stack([np.ones(40, bool)] * 2 + [np.zeros(40, bool)] * 4)
+    cells = {(w, n): np.zeros(40, bool) for w in range(6) for n in range(6 - w)}
+    cells |= {(1, 1): half, (1, 2): ~half}  # each half would choose what fails on the other
+    stub = types.SimpleNamespace(n_layers=5, solved=np.ones(40, bool), tune=half, wait=wait, cells=cells)
+    stub.f = lambda correct, among=True: float(correct[stub.solved & among].mean())
+    assert judged["choose"](stub, half) == (1, 1, True)
+    assert judged["choose"](stub, ~half) == (1, 2, True)
+    assert not judged["held_out"](stub).any()
 
 
 def test_means_of_the_wrong_task_cost_the_sufficiency(judged, planted, monkeypatch):
