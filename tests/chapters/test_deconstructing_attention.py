@@ -338,7 +338,7 @@ def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
 @pytest.mark.parametrize(
     ("claim", "changes"),
     [
-        ("D1", {"blind": 2.2}),  # floors computed with the topic shown
+        ("D1", {"blind": 2.21}),  # floors computed with the topic shown
         ("D1", {"level": {("mlp", "uniform"): 2.6}}),  # an MLP that sees its context
         ("D3a", {"level": {("approximate", "uniform"): 2.8}}),
         ("D4a", {"level": {("random", "uniform"): 2.9}}),
@@ -445,7 +445,7 @@ def test_recomputed_blocks_give_the_same_gradients(method, kind):
     for recompute in (False, True):
         model = method["bold"](kind, "hybrid").train()
         if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         method["loss_of"](model, ids).mean().backward()
         found.append(model.model.embed_tokens.weight.grad)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
