@@ -318,6 +318,8 @@ def verdicts_with(smoke, **changes):
     level |= changes.pop("level", {})
     noise = np.random.default_rng(0).normal(0, 0.005, (1, 16))
     space["loss"] = {key: value + noise for key, value in level.items()}
+    space["from_half"] = [level[v, "uniform"] + noise for v in ("standard", "nonapproximate")]
+    space["from_half"][1] += changes.pop("better_from_half", 0.0)
     space["blind"], space["shown"] = np.array([[changes.pop("blind", blind)]]), np.array([[shown]])
     space.update(changes)
     cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
@@ -333,6 +335,19 @@ def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
     for claim in ("D1", "D2", "D3a", "D4a", "D6", "D7", "D8", "D9a", "D9b"):
         assert got[claim] == "reproduced", claim
     assert got["D4b"] == got["D5"] == "untested"
+
+
+def test_a_collapse_must_not_hang_on_the_size_of_the_initial_weights(smoke):
+    assert verdicts_with(smoke)["D3b"] == "reproduced"
+    assert verdicts_with(smoke, better_from_half=-0.4)["D3b"] == "not reproduced"
+
+
+def test_half_the_initial_weights_are_the_same_draws_halved(smoke):
+    job = smoke["Job"]
+    whole, half = (job("main", "nonapproximate", "uniform", 0, start).build() for start in (1.0, 0.5))
+    for (name, a), b in zip(whole.named_parameters(), half.parameters(), strict=True):
+        if "proj.weight" in name or "embed" in name:
+            torch.testing.assert_close(a, 2 * b)
 
 
 @pytest.mark.parametrize(
