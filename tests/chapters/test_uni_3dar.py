@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import types
 from unittest import mock
 
 import IPython.display
@@ -109,7 +110,7 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step(method, run_c
     space = run_cells(CHAPTER, before="baseline-jobs", **SMALL)
     model = space["Uni3DAR"](space["Variant"]())
     with pytest.raises(FloatingPointError, match=r"joint: the loss of step 0 is nan; lower lr"):
-        space["train"](model, lambda step: torch.tensor(math.nan), 3, "joint")
+        space["train"]([model], lambda step: [torch.tensor(math.nan)], 3, "joint")
 
 
 # The octree, done again by recursion -----------------------------------------------------------------------
@@ -366,6 +367,36 @@ def test_too_many_leaves_and_null_atoms_are_counted(method):
     assert (method["harvest"](made.queue, torch.zeros(32)).types == -1).all()
 
 
+@pytest.mark.parametrize("name", ["uni3dar", "no_2lsc"])
+def test_a_sample_that_is_not_whole_is_ranked_last(method, name):
+    """No type was drawn for what was cut off: its mean log p of none must not count as the likeliest."""
+    variant = method["VARIANTS"][name]
+    model = method["bold"](variant)
+    model.tree_head = Sparse(model.tree_head, variant.plain)
+    made = method["generate"](model, 100, (1.0, 1.0, 1.0), 0)
+    assert made.whole.any()
+    assert not made.whole.all()
+    assert np.isfinite(made.score).tolist() == made.whole.tolist()
+
+
+def test_the_strip_shows_a_molecule_whose_queue_was_kept(smoke):
+    """Of many samples only the first ones' queue is there; the likeliest good one may be another."""
+    made, results = dict(smoke["made"]), dict(smoke["results"])
+    key = ("uni3dar", 0, "paper")
+    few, n = made[key], len(made[key].score)
+    made[key] = few._replace(
+        types=np.tile(few.types, (2, 1)), positions=np.tile(few.positions, (2, 1, 1)),
+        score=np.append(few.score, np.zeros(n)),
+    )  # fmt: skip
+    results[key] = results[key] | {"good": np.arange(2 * n) >= n}
+    space = dict(smoke) | {"made": made, "results": results}
+    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.id == "figure-strip")
+    with mock.patch.object(IPython.display, "display"):
+        exec(compile(source, "figure-strip", "exec"), space)
+    assert space["best"] < n
+
+
 def test_diffusion_with_a_perfect_denoiser_returns_the_data(method):
     torch.manual_seed(0)
     model = method["Diffusion"](torch.tensor([3, 3]), 50)
@@ -453,7 +484,7 @@ def world(smoke, **changes):
                 score = np.where(stable, score, score + 0.5)
             for how in ("paper", smoke["D_STEPS"][-1]):
                 results[v, s, how] = {"good": stable}
-            made[v, s, "paper"] = smoke["Samples"](*[None] * 2, score, None)
+            made[v, s, "paper"] = smoke["Samples"](None, None, None, score, None)
     errors = {"joint": 0.1, "shuffled": 1.0} | changes.get("wrong", {})
     wrong = {(v, s): np.abs(rng.normal(0, x, P.n_eval)) for v, x in errors.items() for s in seeds}
     floor = lambda x: np.abs(rng.normal(0, x, P.n_eval))  # noqa: E731
@@ -535,22 +566,69 @@ def test_a_broken_octree_costs_both_verdicts(smoke, how):
     assert got["C1"] == "not reproduced"
 
 
-def test_the_state_that_predicts_a_node_does_not_see_its_content(method):
-    space = method
-    model, nodes, other = (
-        space["bold"](space["Variant"]()),
-        space["random_nodes"](4),
-        space["random_nodes"](4),
-    )
-    last = int(nodes.lengths.min()) - 1
-    other.token[:, last].fill_(7), other.type[:, last].fill_(1), other.bins[:, last].fill_(3)
-    a, b = (model(space["entries_of"](x, model.variant)) for x in (nodes, other))
-    torch.testing.assert_close(a[:, : 2 * last + 1], b[:, : 2 * last + 1])
-    assert not torch.allclose(a[:, 2 * last + 1], b[:, 2 * last + 1], atol=1e-2)
-    asked = space["pack"](nodes, model)
-    mask = asked.entries.kind == space["MASK"]
-    assert mask[asked.ask_inner].all()
-    assert mask[asked.ask_leaf].all()
+@pytest.mark.parametrize("name", ["uni3dar", "no_mntp", "next_place", "constant_place", "no_2lsc", "neither"])
+def test_the_state_that_predicts_a_node_sees_all_contents_before_and_not_its_own(method, name):
+    variant = method["VARIANTS"][name]
+    model, last = method["bold"](variant), 5
+
+    def asked(changed):
+        """The states at which the first six nodes of each structure are predicted, [4, 6, D]."""
+        nodes = method["random_nodes"](4, variant.plain)
+        if changed is not None:  # contents only: where the nodes lie stays as it is
+            nodes.token[:, changed] = 1 - nodes.token[:, changed] if variant.plain else 7
+        packed = method["pack"](nodes, model)
+        if variant.mntp:
+            assert (packed.entries.kind[packed.ask_inner] == method["MASK"]).all()
+            assert (packed.entries.kind[packed.ask_leaf] == method["MASK"]).all()
+        states, ask = model.read(packed), packed.ask_inner
+        return torch.stack([states[ask[packed.of_inner == i][: last + 1]] for i in range(4)])
+
+    states = asked(None)
+    torch.testing.assert_close(asked(last), states)
+    before = (asked(last - 1) - states).abs().amax(-1)
+    assert (before[:, :last] < 1e-5).all()
+    assert (before[:, last] > 1e-3).all()
+
+
+def test_a_structure_has_its_own_likelihood_whatever_stands_beside_it(method):
+    model, nodes = method["bold"](method["Variant"]()), method["random_nodes"](6)
+    together = method["structure_nll"](model, nodes, rows=4)
+    alone = np.concatenate([method["structure_nll"](model, nodes[slice(i, i + 1)]) for i in range(6)])
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+def test_models_trained_together_are_those_trained_alone(run_cells):
+    space = run_cells(CHAPTER, before="jobs", **SMALL)
+    space["ENTRIES"] = {"uni3dar": 1.0}
+    make, fit = space["octree_models"], space["train_octree"]
+    together, alone = fit("joint", make("joint", [0, 1])), fit("joint", make("joint", [1]))
+    assert list(together) == [("joint", 0), ("joint", 1)]
+    for a, b in zip(together["joint", 1][0].parameters(), alone["joint", 1][0].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    curve = {seed: np.array(together["joint", seed][1]) for seed in (0, 1)}
+    np.testing.assert_allclose(curve[1], alone["joint", 1][1], rtol=1e-5)
+    assert not np.allclose(curve[0], curve[1], rtol=1e-5)
+
+
+def test_scores_come_from_logits_before_the_temperature(method):
+    model, y = method["bold"](method["Variant"]()), torch.randn(7, 48)
+    values, log_p = method["draw_atoms"](model, y, (5.0, 5.0), torch.Generator().manual_seed(0))
+    expected = model.atom_head.pred_heads[0](y).log_softmax(-1)[torch.arange(7), values[:, 0]]
+    torch.testing.assert_close(log_p, expected)
+    assert set(values[:, 0].tolist()) <= {0, 1, 2, 3, 4, method["NULL"]}
+
+
+def test_ranking_compares_samples_of_one_seed_only(smoke):
+    two_seeds = dict(smoke) | {"SEEDS": range(2)}
+    gains = types.FunctionType(smoke["rank_gains"].__code__, two_seeds, argdefs=(False,))
+    score = np.append(
+        np.arange(20.0), np.arange(20.0) + 100
+    )  # the first seed's samples are likelier and good
+    good = np.repeat([100.0, 0.0], 20)
+    assert gains(score, good).tolist() == [0, 0]
+    good[20:22] = 100.0  # the likeliest tenth of the second seed
+    assert gains(score, good).tolist() == [0, 90]
+    assert gains(score, good, True).tolist() == [0, -10]
 
 
 def test_two_runs_with_one_seed_agree(run_cells, smoke):
