@@ -157,3 +157,12 @@ def test_a_heat_map_writes_every_mean_into_its_cell(swept):
     ET.fromstring(figure)
     written = {(call.args[1], call.args[2]): call.args[3] for call in text.call_args_list}
     assert written == {(c, s): f"{n + 0.1 * s:g}" for c, n in enumerate((1, 5)) for s in range(3)}
+
+
+def test_a_heat_map_writes_the_interval_below_the_mean(swept):
+    path = write(swept, SPEC.replace("{x: n,", "{x: n, hue: seed, kind: heat,"))
+    sweep, frame = frame_of(path, sweep_pages.notebooks.find("demo", swept.root).spec)
+    frame = frame.assign(p1_sum_low=frame.p1_sum - 1, p1_sum_high=frame.p1_sum + 1)
+    with mock.patch.object(Axes, "text", autospec=True, side_effect=Axes.text) as text:
+        sweep_pages.svg("sum", sweep, frame)
+    assert {call.args[3] for call in text.call_args_list} >= {"1\n0 to\n2", "5\n4 to\n6"}

@@ -208,11 +208,12 @@ def _panel(axis: Any, sweep: sweeps.Sweep, frame: pandas.DataFrame, y: str) -> N
 
 
 def _heat(figure: Any, axis: Any, sweep: sweeps.Sweep, frame: pandas.DataFrame, y: str, label: str) -> None:
-    """Means as colours and numbers, a column for each x and a row for each hue."""
+    """Means as colours and numbers, intervals below; a column for each x and a row for each hue."""
     import matplotlib.colors
     import numpy
 
-    means = {place: summary(rows, y)[0] for place, rows in _groups(sweep, frame)}
+    found = {place: summary(rows, y) for place, rows in _groups(sweep, frame)}
+    means = {place: mean for place, (mean, _) in found.items()}
     columns, lines = (list(dict.fromkeys(place[k] for place in means)) for k in (0, 1))
     table = numpy.array([[means.get((at, line), numpy.nan) for at in columns] for line in lines])
     is_log = sweep.plot.get("y_scale") == "log" and numpy.nanmin(table) > 0
@@ -222,7 +223,9 @@ def _heat(figure: Any, axis: Any, sweep: sweeps.Sweep, frame: pandas.DataFrame, 
     figure.colorbar(image, ax=axis)
     for (line, column), value in numpy.ndenumerate(table):
         ink = "black" if norm(value) > 0.5 else "white"
-        axis.text(column, line, number(value), ha="center", va="center", color=ink, fontsize="small")
+        interval = found.get((columns[column], lines[line]), (value, None))[1]
+        said = number(value) + (f"\n{number(interval[0])} to\n{number(interval[1])}" if interval else "")
+        axis.text(column, line, said, ha="center", va="center", color=ink, fontsize="x-small")
     axis.set_xticks(range(len(columns)), [str(at) for at in columns])
     axis.set_yticks(range(len(lines)), [str(line) for line in lines])
     axis.set(title=label, ylabel=sweep.plot["hue"])

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import re
 import signal
 import sys
@@ -23,9 +24,11 @@ from typing import Any
 import nbformat
 import papermill
 import psutil
+from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
+from traitlets import Type
 
 from tokenbook.runs import cells, record, store, warm
 
@@ -46,9 +49,34 @@ class Journal:
             file.write(json.dumps(event) + "\n")
 
 
+class RunKernelClient(AsyncKernelClient):
+    """Knows a kernel as ready once it is idle; jupyter_client then waits 0.2 s for what might still come."""
+
+    async def _async_wait_for_ready(self, timeout: float | None = None) -> None:
+        channel, is_idle = self.iopub_channel, False
+        receive = channel.get_msg
+
+        async def receive_until_idle(timeout: float | None = None) -> dict[str, Any]:
+            nonlocal is_idle
+            if is_idle:
+                raise queue.Empty
+            message = await receive(timeout=timeout)
+            is_idle = message["content"].get("execution_state") == "idle"
+            return message
+
+        channel.get_msg = receive_until_idle
+        try:
+            await super()._async_wait_for_ready(timeout=timeout)
+        finally:
+            channel.get_msg = receive
+
+    wait_for_ready = _async_wait_for_ready
+
+
 class RunKernelManager(AsyncKernelManager):
     """Tells the journal which process the kernel is; remembers how much memory it took and how it ended."""
 
+    client_factory = Type(RunKernelClient, klass=AsyncKernelClient)
     journal: Journal | None = None
     current: RunKernelManager | None = None
     exit_status: int | None = None
@@ -73,6 +101,11 @@ class RunKernelManager(AsyncKernelManager):
         await super()._async_shutdown_kernel(now=now, restart=restart)
 
     shutdown_kernel = _async_shutdown_kernel
+
+    async def _async_finish_shutdown(self, *args: Any, **kwargs: Any) -> None:
+        await super()._async_finish_shutdown(*args, **{"pollinterval": 0.01, **kwargs})
+
+    finish_shutdown = _async_finish_shutdown
 
     def measure_memory(self) -> None:
         """Peak resident memory of the kernel's process so far."""
