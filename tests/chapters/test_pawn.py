@@ -75,6 +75,12 @@ def test_a_backbone_with_dropout_or_nan_is_refused(smoke):
         smoke["read"](broken, texts, np.array([7, 8]))
 
 
+def train(smoke, arm, task, seed):
+    """A detector, trained by the chapter's own job."""
+    job = smoke["Job"](arm, task, seed)
+    return job.run(job.build())
+
+
 def few(smoke):
     """Six of the texts."""
     texts = copy.copy(smoke["texts"])
@@ -109,7 +115,7 @@ def test_a_loss_that_is_not_finite_names_the_training(smoke, monkeypatch):
     task.label = np.full(len(task.label), np.nan)
     monkeypatch.setitem(smoke["tasks"], "broken", task)
     with pytest.raises(FloatingPointError, match="MPN, broken: the loss of step 0 is nan; lower lr"):
-        smoke["Job"]("MPN", "broken", 0).run()
+        train(smoke, "MPN", "broken", 0)
 
 
 # The method, done again in plain loops ---------------------------------------------------------------------
@@ -326,6 +332,46 @@ def test_filtering_lowers_what_counts_can_tell(smoke):
     assert (chosen == fair).all(1).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["words", "case", "misspelling", "white space", "articles"])
+def test_edits_change_machine_text_behind_the_prompt_only(smoke, name):
+    texts, n, edited = smoke["texts"], smoke["P"].prompt_length, smoke["attacked"](name)
+    old = [texts.ids[i] for i in texts.pairs[:, 1]]
+    assert set(edited.label) == {1}
+    assert all((a[:n] == b[:n]).all() and len(a) <= len(b) for a, b in zip(edited.ids, old, strict=True))
+    sentence, rng = "the cat sat on a mat and The dogs saw an owl " * 200, np.random.default_rng(0)
+    changed = smoke["ATTACKS"][name](sentence, rng)
+    if name == "articles":
+        assert set(changed.split()) == {"cat", "sat", "on", "mat", "and", "dogs", "saw", "owl"}
+    elif name == "white space":
+        assert changed.split() == sentence.split()
+        assert changed.count("  ") == pytest.approx(0.2 * sentence.count(" "), rel=0.1)
+    elif name == "case":
+        share = np.mean([a != b for a, b in zip(changed, sentence, strict=True) if b.isalpha()])
+        assert share == pytest.approx(0.05, abs=0.01)
+        assert changed.lower() == sentence.lower()
+    else:
+        words = [(a, b) for a, b in zip(changed.split(), sentence.split(), strict=True) if len(b) > 1]
+        share = np.mean([a != b for a, b in words])
+        assert share == pytest.approx({"words": 0.1, "misspelling": 0.2}[name], abs=0.03)
+        if name == "misspelling":
+            assert all(sorted(a) == sorted(b) for a, b in words)
+
+
+def test_drops_compare_the_same_texts(smoke):
+    (t,) = smoke["SHIFTS"]["domain"]
+    wanted = smoke["scores_of"](smoke["trained"][smoke["Job"]("PAWN", "id", 0)], smoke["tasks"][t])
+    found = smoke["id_on_folds"]("PAWN", "domain")[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_is_named_after_the_token_it_judges(smoke, monkeypatch):
+    words = ["The", " do", "gs", " ", "12", " sit", ".", "s"]
+    monkeypatch.setitem(smoke, "VOCABULARY", words)
+    monkeypatch.setitem(smoke, "DOCS", False)
+    other, start, inside = "digits, punctuation", "start of a word", "inside a word"
+    assert smoke["kinds_of"](range(8)) == [start, inside, other, other, start, other, start]
+
+
 # Verdicts --------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +410,7 @@ def planted_runs(smoke, arms, broken=None):
         smoke["P"], smoke["backbone"] = type(smoke["P"])(values, None), backbone
         smoke["tasks"] = {"id": smoke["Task"](np.arange(400), pairs, store.label, store)}
         return {
-            (arm, "id", s): smoke["scores_of"](smoke["Job"](arm, "id", s).run(), smoke["tasks"]["id"])
+            (arm, "id", s): smoke["scores_of"](train(smoke, arm, "id", s), smoke["tasks"]["id"])
             for arm in arms
             for s in (0, 1)
         }
