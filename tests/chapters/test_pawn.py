@@ -220,6 +220,19 @@ def test_token_dropout_drops_whole_positions_in_training_only(smoke):
     assert (net.eval().weights(hidden, valid) > 0).all()
 
 
+def test_sigmoid_gates_share_out_the_positions(smoke):
+    net = smoke["bold"](smoke["PAWN"](6, normaliser="sigmoid", n_gates=4))
+    hidden, valid = torch.randn(2, 9, 6).double(), torch.arange(8) < torch.tensor([[8], [5]])
+    with torch.no_grad():
+        w = net.weights(hidden, valid)
+        a = net.gate_net(smoke["gate_inputs"](hidden, "full", smoke["P"].max_length))
+    for b, n in enumerate((8, 5)):
+        for g in range(4):
+            open_by = [1 / (1 + math.exp(-float(a[b, i, g]))) for i in range(n)]
+            assert w[b, :n, g].tolist() == pytest.approx([x / sum(open_by) for x in open_by])
+    assert (w[~valid] == 0).all()
+
+
 def test_permuted_gates_keep_padding_out_and_move_the_rest(smoke):
     net, plain = smoke["PAWN"](6, permuted=True), smoke["PAWN"](6)
     plain.load_state_dict(smoke["bold"](net).state_dict())
