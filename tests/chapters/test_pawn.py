@@ -75,6 +75,12 @@ def test_a_backbone_with_dropout_or_nan_is_refused(smoke):
         smoke["read"](broken, texts, np.array([7, 8]))
 
 
+def train(smoke, arm, task, seed):
+    """A detector, trained by the chapter's own job."""
+    job = smoke["Job"](arm, task, seed)
+    return job.run(job.build())
+
+
 def few(smoke):
     """Six of the texts."""
     texts = copy.copy(smoke["texts"])
@@ -109,7 +115,7 @@ def test_a_loss_that_is_not_finite_names_the_training(smoke, monkeypatch):
     task.label = np.full(len(task.label), np.nan)
     monkeypatch.setitem(smoke["tasks"], "broken", task)
     with pytest.raises(FloatingPointError, match="MPN, broken: the loss of step 0 is nan; lower lr"):
-        smoke["Job"]("MPN", "broken", 0).run()
+        train(smoke, "MPN", "broken", 0)
 
 
 # The method, done again in plain loops ---------------------------------------------------------------------
@@ -212,6 +218,19 @@ def test_token_dropout_drops_whole_positions_in_training_only(smoke):
     assert (dropped.all(-1) == dropped.any(-1)).all()  # all gates at once
     assert dropped[..., 0].double().mean().item() == pytest.approx(0.15, abs=0.02)
     assert (net.eval().weights(hidden, valid) > 0).all()
+
+
+def test_sigmoid_gates_share_out_the_positions(smoke):
+    net = smoke["bold"](smoke["PAWN"](6, normaliser="sigmoid", n_gates=4))
+    hidden, valid = torch.randn(2, 9, 6).double(), torch.arange(8) < torch.tensor([[8], [5]])
+    with torch.no_grad():
+        w = net.weights(hidden, valid)
+        a = net.gate_net(smoke["gate_inputs"](hidden, "full", smoke["P"].max_length))
+    for b, n in enumerate((8, 5)):
+        for g in range(4):
+            open_by = [1 / (1 + math.exp(-float(a[b, i, g]))) for i in range(n)]
+            assert w[b, :n, g].tolist() == pytest.approx([x / sum(open_by) for x in open_by])
+    assert (w[~valid] == 0).all()
 
 
 def test_permuted_gates_keep_padding_out_and_move_the_rest(smoke):
@@ -326,6 +345,46 @@ def test_filtering_lowers_what_counts_can_tell(smoke):
     assert (chosen == fair).all(1).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["words", "case", "misspelling", "white space", "articles"])
+def test_edits_change_machine_text_behind_the_prompt_only(smoke, name):
+    texts, n, edited = smoke["texts"], smoke["P"].prompt_length, smoke["attacked"](name)
+    old = [texts.ids[i] for i in texts.pairs[:, 1]]
+    assert set(edited.label) == {1}
+    assert all((a[:n] == b[:n]).all() and len(a) <= len(b) for a, b in zip(edited.ids, old, strict=True))
+    sentence, rng = "the cat sat on a mat and The dogs saw an owl " * 200, np.random.default_rng(0)
+    changed = smoke["ATTACKS"][name](sentence, rng)
+    if name == "articles":
+        assert set(changed.split()) == {"cat", "sat", "on", "mat", "and", "dogs", "saw", "owl"}
+    elif name == "white space":
+        assert changed.split() == sentence.split()
+        assert changed.count("  ") == pytest.approx(0.2 * sentence.count(" "), rel=0.1)
+    elif name == "case":
+        share = np.mean([a != b for a, b in zip(changed, sentence, strict=True) if b.isalpha()])
+        assert share == pytest.approx(0.05, abs=0.01)
+        assert changed.lower() == sentence.lower()
+    else:
+        words = [(a, b) for a, b in zip(changed.split(), sentence.split(), strict=True) if len(b) > 1]
+        share = np.mean([a != b for a, b in words])
+        assert share == pytest.approx({"words": 0.1, "misspelling": 0.2}[name], abs=0.03)
+        if name == "misspelling":
+            assert all(sorted(a) == sorted(b) for a, b in words)
+
+
+def test_drops_compare_the_same_texts(smoke):
+    (t,) = smoke["SHIFTS"]["domain"]
+    wanted = smoke["scores_of"](smoke["trained"][smoke["Job"]("PAWN", "id", 0)], smoke["tasks"][t])
+    found = smoke["id_on_folds"]("PAWN", "domain")[0]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_is_named_after_the_token_it_judges(smoke, monkeypatch):
+    words = ["The", " do", "gs", " ", "12", " sit", ".", "s"]
+    monkeypatch.setitem(smoke, "VOCABULARY", words)
+    monkeypatch.setitem(smoke, "DOCS", False)
+    other, start, inside = "digits, punctuation", "start of a word", "inside a word"
+    assert smoke["kinds_of"](range(8)) == [start, inside, other, other, start, other, start]
+
+
 # Verdicts --------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +423,7 @@ def planted_runs(smoke, arms, broken=None):
         smoke["P"], smoke["backbone"] = type(smoke["P"])(values, None), backbone
         smoke["tasks"] = {"id": smoke["Task"](np.arange(400), pairs, store.label, store)}
         return {
-            (arm, "id", s): smoke["scores_of"](smoke["Job"](arm, "id", s).run(), smoke["tasks"]["id"])
+            (arm, "id", s): smoke["scores_of"](train(smoke, arm, "id", s), smoke["tasks"]["id"])
             for arm in arms
             for s in (0, 1)
         }
