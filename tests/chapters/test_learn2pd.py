@@ -395,6 +395,9 @@ def test_variants_with_fewer_records_are_padded_without_weight(ideal):
 
 def test_records_are_split_by_prompt_into_three_parts(ideal):
     lesson, n = ideal["lessons"][0], ideal["P"].n_filter_prompts
+    which = torch.randint(n, (300,), generator=torch.Generator().manual_seed(2))
+    part = ideal["parts_of"](which, torch.Generator().manual_seed(0))[1]
+    assert not any(set(which[part == k].tolist()) & set(which[part != k].tolist()) for k in range(3))
     prompts = [set(lesson.oracle.records[0][lesson.part == k].tolist()) for k in range(3)]
     assert [len(p) for p in prompts] == [round(0.8 * n), round(0.1 * n), round(0.1 * n)]
     assert len(set.union(*prompts)) == n
