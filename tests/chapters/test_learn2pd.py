@@ -1,6 +1,8 @@
 """The chapter `learn2pd`: refusals, decoding done again in plain loops, verdicts, the paper-scale path."""
 
 import contextlib
+import copy
+import dataclasses
 import io
 import json
 from unittest import mock
@@ -353,29 +355,128 @@ def test_what_counts_as_solved(method, monkeypatch):
 
 
 def test_filters_trained_side_by_side_are_those_trained_alone(ideal, monkeypatch):
-    method = ideal
-    values = method["P"].as_dict() | {"filter_updates": 25, "filter_lr": 0.003}
+    method, rates = ideal, (0.003, 0.01)
+    values = method["P"].as_dict() | {"filter_updates": 25}
     monkeypatch.setitem(method, "P", type(method["P"])(values, None))
     draw = torch.Generator().manual_seed(1)
     conf = torch.rand(40, B, generator=draw)
     labels = (torch.rand(2, 40, B, generator=draw) < conf).float()
     weights = (torch.rand(2, 40, generator=draw) < 0.8).float()
-    pair = method["fit_filters"](conf, labels, weights, 2, torch.tensor([False, False]), 3)
-    torch.manual_seed(3)
-    for m, found in enumerate(pair):
-        alone = method["Filter"](B)
-        optimizer = torch.optim.AdamW(alone.parameters(), lr=0.003)
+    pair = [method["Filter"](B) for _ in rates]
+    alone = copy.deepcopy(pair)
+    method["fit_filters"](pair, rates, conf, labels, weights)
+    for m, (found, net) in enumerate(zip(pair, alone, strict=True)):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=rates[m])
         used = weights[m].bool()
         for _ in range(25):
-            loss = nn.functional.binary_cross_entropy_with_logits(alone(conf[used]), labels[m][used])
+            loss = nn.functional.binary_cross_entropy_with_logits(net(conf[used]), labels[m][used])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        torch.testing.assert_close(found(conf), alone(conf), rtol=1e-3, atol=1e-4)
-    own = method["fit_filters"](conf, labels[:1], weights[:1], 1, torch.tensor([True]), 3)[0]
+        torch.testing.assert_close(found(conf), net(conf), rtol=1e-3, atol=1e-4)
+    own = method["Filter"](B, 1)
+    method["fit_filters"]([own], [0.003], conf, labels[:1], weights[:1], diagonal=True)
     changed = conf.clone()
     changed[:, 3] = 0.123
     assert ((own(changed) - own(conf)).abs().sum(0) > 0).nonzero().flatten().tolist() == [3]
+
+
+def test_variants_with_fewer_records_are_padded_without_weight(ideal):
+    few, many = torch.rand(3, B), torch.rand(5, B)
+    data = {
+        "a": (few, few > 0.5, torch.ones(3, dtype=torch.bool)),
+        "b": (many, many > 0.5, torch.ones(5, dtype=torch.bool)),
+    }
+    conf, labels, weights = ideal["together"](["a", "b"], data)
+    assert weights.tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert torch.equal(conf[0, :3], few)
+    assert torch.equal(labels[1], (many > 0.5).float())
+
+
+def test_records_are_split_by_prompt_into_three_parts(ideal):
+    lesson, n = ideal["lessons"][0], ideal["P"].n_filter_prompts
+    which = torch.randint(n, (300,), generator=torch.Generator().manual_seed(2))
+    part = ideal["parts_of"](which, torch.Generator().manual_seed(0))[1]
+    assert not any(set(which[part == k].tolist()) & set(which[part != k].tolist()) for k in range(3))
+    prompts = [set(lesson.oracle.records[0][lesson.part == k].tolist()) for k in range(3)]
+    assert [len(p) for p in prompts] == [round(0.8 * n), round(0.1 * n), round(0.1 * n)]
+    assert len(set.union(*prompts)) == n
+
+
+def test_every_depth_keeps_the_rate_with_the_lowest_validation_loss(ideal, monkeypatch):
+    values = ideal["P"].as_dict() | {"filter_updates": 150, "filter_lr": [1e-6, 0.01, 0.9]}
+    monkeypatch.setitem(ideal, "P", type(ideal["P"])(values, None))
+    monkeypatch.setitem(ideal, "UNTAUGHT", [ideal["untaught"](0)])
+    lesson = ideal["teach"](0)
+    assert {rate for _, rate in lesson.validation} == {1e-6, 0.01, 0.9}
+    conf, right = (x[lesson.part == 1] for x in lesson.oracle.records[1:])
+    for depth in (1, 2, 4):
+        z = lesson.filters["filter", depth](conf)
+        loss = nn.functional.binary_cross_entropy_with_logits(z, right.float()).item()
+        assert loss == pytest.approx(min(v for (d, _), v in lesson.validation.items() if d == depth))
+
+
+def test_what_is_told_of_dropped_positions(ideal):
+    torch.manual_seed(0)
+    net, conf = ideal["Filter"](B), torch.rand(2, B)
+    conf[:, 10:] = 0
+    view = ideal["View"](conf, None, None, None)
+    ones = conf.clone()
+    ones[:, 10:] = 1
+    assert torch.equal(ideal["learned"](net, 0.5, 1.0)(view), net(ones).sigmoid() > 0.5)
+    assert torch.equal(ideal["learned"](net, 0.5)(view), net(conf).sigmoid() > 0.5)
+
+
+def test_faults_are_named(method):
+    world, facts = method["world"], method["world"].heldout[:40]
+    right = torch.from_numpy(world.answers(facts, np.tile((2, 1), (40, 1)), 32))
+    assert set(world.faults(facts, right)) == {"none"}
+    short, wrong, mixed = right.clone(), right.clone(), right.clone()
+    for row, (task, *_) in enumerate(facts):
+        places = [kind for kind, _ in world.places[task]]
+        short[row, len(places) - 1] = EOT
+        wrong[row, places.index("link")] = 12
+        mixed[row, places.index("choice0") + 0] = 10 + ((int(mixed[row, places.index("choice0")]) - 10) ^ 1)
+    assert set(world.faults(facts, short)) == {"end"}
+    assert set(world.faults(facts, wrong)) == {"other token"}
+    assert set(world.faults(facts, mixed)) == {"mixed choice"}
+
+
+def test_waste_is_the_share_of_positions_behind_the_end(ideal):
+    done = ideal["by_length"][0][32, "one at a time"].answers.tolist()
+    wanted = [100 * (31 - row.index(EOT)) / (P + 32) for row in done]
+    assert ideal["waste"](32)[0].tolist() == pytest.approx(wanted)
+
+
+def test_a_filter_of_half_the_tasks_is_counted_on_the_other_half(ideal, monkeypatch):
+    learned_from = {}
+
+    def noted(filters, rates, confidence, labels, weights, diagonal=False):
+        learned_from[len(filters[0]), len(filters)] = weights
+
+    monkeypatch.setitem(ideal, "fit_filters", noted)
+    monkeypatch.setitem(ideal, "UNTAUGHT", [ideal["untaught"](0)])
+    lesson = ideal["teach"](0)
+    half = learned_from[3, 3][ideal["variants"](2).index("half")]
+    used = lesson.oracle.records[0][half[: len(lesson.part)].bool()]
+    kinds = {int(ideal["FILTER_ITEMS"][0][i][0]) for i in used.tolist()}
+    tested = set(ideal["TEST_ITEMS"][0][ideal["OTHER"][0], 0].tolist())
+    assert kinds | tested == set(range(6))
+    assert not kinds & tested
+
+
+def test_thresholds_are_tuned_on_the_filters_training_prompts(ideal, monkeypatch):
+    seen, decode = [], ideal["decode"]
+
+    def noted(model, prompts, *rest, **options):
+        seen.extend(prompts)
+        return decode(model, prompts, *rest, **options)
+
+    monkeypatch.setitem(ideal, "decode", noted)
+    assert ideal["tune"](0) == ideal["tuned"][0]
+    lesson, prompts = ideal["lessons"][0], ideal["FILTER_PROMPTS"][0]
+    trained = {tuple(prompts[i].tolist()) for i in lesson.oracle.records[0][lesson.part == 0].tolist()}
+    assert {tuple(p.tolist()) for p in seen} <= trained
 
 
 # Verdicts: the whole experiment on a predictor that is right by construction --------------------------------
@@ -455,7 +556,7 @@ def ideal(run_cells):
     """The whole chapter on ideal predictors."""
     space = run_cells(
         CHAPTER, before="filters", **SIZES, n_filter_prompts=60,
-        n_test=24, n_length_prompts=8, filter_updates=1500, filter_lr=0.01, train_steps=1,
+        n_test=24, n_length_prompts=8, filter_updates=1500, filter_lr=[0.01], train_steps=1,
     )  # fmt: skip
     space["models"], space["endless"] = [Ideal(space["worlds"][0])], Ideal(space["Chains"](0, ends=False))
     space["CACHES"] = True
@@ -499,7 +600,7 @@ def constant(space, bias):
     nn.init.constant_(always[-1].bias, bias)
     lesson = space["lessons"][0]
     filters = {key: always if key[0] == "filter" else f for key, f in lesson.filters.items()}
-    return [space["Lesson"](lesson.plain, lesson.oracle, lesson.train, lesson.shuffled, filters)]
+    return [dataclasses.replace(lesson, filters=filters)]
 
 
 FILTERED = ("filter", "filter + EoTP", "filter + EoTP + prefix cache")
