@@ -24,8 +24,8 @@ html_theme.sidebar_secondary.remove: true
 Every claim of every chapter: the paper's figure, ours with its 95 % interval, the threshold that was fixed
 before the run, what the control gave, and the verdict that follows from them. A verdict is computed, never
 typed; [](how-to-read.md) says by which rule. It speaks of the scale that stands above each table: at `small`,
-of small models trained in the notebook. A claim that is not reproduced there is not refuted for the paper's own
-models.
+of small models trained in the notebook. A claim that is not reproduced there is not refuted for the paper's
+own models.
 """
 
 
