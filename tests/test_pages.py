@@ -218,7 +218,6 @@ def test_the_status_page_says_what_ran_where_when_and_how_long(root, tmp_path):
     page = pages.generated(root, {"first": run})["book/status.md"]
     device = "cpu, Some CPU, 2 cores, 1 thread, 7.8 GiB"
     assert f"| done | small | {device} | 61 | 1,234 MiB | 2031-05-04 12:30 UTC | `0123456789ab` |" in page
-    assert "| second | – | – | – |" in page
     told = "The same in every chapter (not told by **second**): python 3.12.1, torch 2.13.0, numpy 2.4.6."
     assert told in page
     assert "[second](../notebooks/second.ipynb) | executed, as committed" in page
@@ -236,3 +235,20 @@ def test_dots_of_a_kernel_figure_never_cover_each_other(root):
     dots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
     assert len(dots) == 12  # six letters in the legend, six on the axis
     assert all(math.dist(a, b) >= 20 for a, b in itertools.combinations(dots, 2))
+
+
+def test_titles_in_a_kernel_figure_fit_and_tell_the_cases_apart(root):
+    shapes = [{"B": 1, "T": 512}, {"B": 8, "T": 2048}]
+    named = [
+        _row(variant, time, shape=shape, case=case)
+        for case, shape in zip(("first", "second"), shapes, strict=True)
+        for variant, time in (("ours", 2.0), ("eager", 5.0))
+    ]
+    _result(root, "cpu", named)
+    svg = pages.generated(root)["book/figures/kernel-rope.cpu.svg"]
+    assert ">first, forward</text>" in svg
+    assert "T=512" not in svg
+    _result(root, "cpu", [row | {"case": "shift"} for row in named])
+    svg = pages.generated(root)["book/figures/kernel-rope.cpu.svg"]
+    assert ">shift, forward (B=1 T=512, float32)</text>" in svg
+    assert ">shift, forward (B=8 T=2048, float32)</text>" in svg
