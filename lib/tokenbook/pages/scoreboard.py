@@ -79,7 +79,8 @@ def _cells(claim: dict[str, Any], without: str) -> list[str]:
     caveat = CAVEATS.get(claim.get("source", ""), "")
     where = "; ".join(filter(None, [claim.get("where", ""), caveat]))
     paper = cell(claim["paper"]) + (f"<br><small>{cell(where)}</small>" if where else "")
-    ours = "<br>".join(_criterion(c) for c in claim["criteria"]) or "–"
+    dot = "• " if len(claim["criteria"]) > 1 else ""
+    ours = "<br>".join(dot + _criterion(c) for c in claim["criteria"]) or "–"
     verdict = badge(claim["verdict"])
     if claim.get("reason"):
         verdict += f"<br><small>{cell(claim['reason'])}</small>"
