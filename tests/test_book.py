@@ -100,6 +100,17 @@ def test_every_image_has_alternative_text(html, documents):
     assert bare == []
 
 
+def test_no_formula_is_left_as_text_and_no_text_taken_for_a_formula(html, documents):
+    """Where text is taken for a formula, the formulas in that text are left as text."""
+    left = []
+    for path, soup in documents.items():
+        for text in (soup.article or soup).find_all(string=re.compile(r"\\[a-zA-Z]{2,}|\$\$")):
+            is_code = text.find_parent(["code", "pre", "script", "style"])
+            if not is_code and not text.find_parent(class_="math"):
+                left.append(f"{path.relative_to(html)}: {text.strip()[:60]}")
+    assert left == []
+
+
 def test_reading_needs_no_network(html, documents):
     """Scripts, styles, fonts and images all come from the book's own folder."""
     outside = []

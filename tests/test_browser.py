@@ -151,6 +151,16 @@ def test_the_filter_works_by_keyboard_alone_and_shows_where_it_is(sample, open_p
     assert _shown(page) == []
 
 
+def test_a_table_that_scrolls_sideways_can_be_scrolled_by_keyboard(sample, open_page):
+    page = open_page(f"{sample}/notebooks/first.html", viewport={"width": 760, "height": 800})
+    scrolls, index = page.locator(".ledger-scroll").evaluate(
+        "box => { box.firstChild.style.width = '2000px'; reachByKeyboard(box);"
+        " return [box.scrollWidth > box.clientWidth, box.tabIndex] }"
+    )
+    assert scrolls
+    assert index == 0
+
+
 def test_the_first_tab_offers_to_skip_to_the_content(sample, open_page):
     page = open_page(f"{sample}/notebooks/first.html")
     page.keyboard.press("Tab")
@@ -233,7 +243,19 @@ def test_no_page_is_wider_than_a_phone(request, open_page, where):
         page = open_page(f"{address}/{name}.html", viewport=PHONE)
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= PHONE["width"], f"{name} is {width} pixels wide"
+        page.evaluate("window.MathJax?.startup?.promise?.then(() => 0)")
+        assert page.evaluate(CUT_OFF) == [], f"{name}: formulas that the line's end cuts off"
         page.context.close()
+
+
+# Formulas in the text that are wider than their line and cannot be scrolled.
+CUT_OFF = """() => [...document.querySelectorAll("article span.math")]
+  .filter(span => getComputedStyle(span).overflowX === "hidden" && span.querySelector("svg"))
+  .filter(span => {
+    const right = element => element.getBoundingClientRect().right;
+    return right(span.querySelector("svg")) > right(span) + 2;
+  })
+  .map(span => span.textContent.slice(0, 60))"""
 
 
 def test_on_a_phone_each_claim_is_a_card_that_names_its_parts(sample, open_page):
@@ -241,6 +263,15 @@ def test_on_a_phone_each_claim_is_a_card_that_names_its_parts(sample, open_page)
     cell = page.locator(".as-cards tbody tr").first.locator("td").nth(4)
     assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == '"Verdict"'
     assert cell.locator(".verdict").bounding_box()["x"] < PHONE["width"] / 2
+
+
+def test_on_a_phone_all_totals_of_a_chapter_are_seen_without_scrolling(sample, open_page):
+    page = open_page(f"{sample}/book/scoreboard.html", viewport=PHONE)
+    row = page.locator(".as-totals tbody tr").first
+    boxes = [cell.bounding_box() for cell in row.locator("td").all()]
+    assert len(boxes) == 6
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"] for box in boxes)
+    assert len({box["y"] for box in boxes[1:]}) == 1
 
 
 def test_on_a_phone_the_contents_open_and_lead_to_a_chapter(sample, open_page):

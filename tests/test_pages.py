@@ -172,6 +172,7 @@ def test_the_kernels_page_says_so_when_there_is_no_result(root):
 
 def test_the_kernels_page_shows_times_against_ours_and_says_when_no_gpu_was_at_hand(root):
     rows = [_row("ours", 2.0), _row("eager", 5.0), _row("peer", None, note="not installed")]
+    rows += [_row("ours", 2.0, direction="both"), _row("copy", 0.001, direction="both")]
     _result(root, "cpu", rows)
     files = pages.generated(root)
     page = files["book/kernels.md"]
@@ -180,6 +181,8 @@ def test_the_kernels_page_shows_times_against_ours_and_says_when_no_gpu_was_at_h
     assert "12 tests passed in the same run" in page
     assert "| eager | 5 | 5 to 5 | 2.50 | 1.5 MiB |  |" in page
     assert "| peer | – | – | – | 1.5 MiB | not installed |" in page
+    assert "**shift, forward and backward (B=1 T=512, float32)**" in page
+    assert "| copy | 0.001 | 0.001 to 0.001 | < 0.01 | 1.5 MiB |  |" in page
     assert ">eager</text>" in files["book/figures/kernel-rope.cpu.svg"]
     assert ">peer</text>" not in files["book/figures/kernel-rope.cpu.svg"]
     _result(root, "cuda", rows)
@@ -213,11 +216,16 @@ def test_the_status_page_says_what_ran_where_when_and_how_long(root, tmp_path):
     }
     (run / "record.json").write_text(json.dumps(record))
     page = pages.generated(root, {"first": run})["book/status.md"]
-    device = "cpu, Some CPU, 2 cores, 7.8 GiB, 1 threads"
+    device = "cpu, Some CPU, 2 cores, 1 thread, 7.8 GiB"
     assert f"| done | small | {device} | 61 | 1,234 MiB | 2031-05-04 12:30 UTC | `0123456789ab` |" in page
-    assert "| second | – | – | – |" in page
+    told = "The same in every chapter (not told by **second**): python 3.12.1, torch 2.13.0, numpy 2.4.6."
+    assert told in page
+    assert "[second](../notebooks/second.ipynb) | executed, as committed" in page
+    other = sample_book.run(root, tmp_path / "store", "second", saved=97.2)
+    (other / "record.json").write_text(json.dumps(record | {"versions": {"python": "3.11.7"}}))
+    page = pages.generated(root, {"first": run, "second": other})["book/status.md"]
     assert "| first | 3.12.1 | 2.13.0 | 2.4.6 |" in page
-    assert "[second](../notebooks/second.ipynb) | executed, outputs as committed" in page
+    assert "| second | 3.11.7 | – | – |" in page
 
 
 def test_dots_of_a_kernel_figure_never_cover_each_other(root):
@@ -227,3 +235,20 @@ def test_dots_of_a_kernel_figure_never_cover_each_other(root):
     dots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
     assert len(dots) == 12  # six letters in the legend, six on the axis
     assert all(math.dist(a, b) >= 20 for a, b in itertools.combinations(dots, 2))
+
+
+def test_titles_in_a_kernel_figure_fit_and_tell_the_cases_apart(root):
+    shapes = [{"B": 1, "T": 512}, {"B": 8, "T": 2048}]
+    named = [
+        _row(variant, time, shape=shape, case=case)
+        for case, shape in zip(("first", "second"), shapes, strict=True)
+        for variant, time in (("ours", 2.0), ("eager", 5.0))
+    ]
+    _result(root, "cpu", named)
+    svg = pages.generated(root)["book/figures/kernel-rope.cpu.svg"]
+    assert ">first, forward</text>" in svg
+    assert "T=512" not in svg
+    _result(root, "cpu", [row | {"case": "shift"} for row in named])
+    svg = pages.generated(root)["book/figures/kernel-rope.cpu.svg"]
+    assert ">shift, forward (B=1 T=512, float32)</text>" in svg
+    assert ">shift, forward (B=8 T=2048, float32)</text>" in svg

@@ -1,17 +1,28 @@
-// Makes claims tables readable on a phone, and adds the filter to the scoreboard. Everything here works on the
-// page's own tables; without it they are all there, in full.
+// Makes claims tables readable on a phone and by keyboard, and adds the filter to the scoreboard. Everything here
+// works on the page's own tables; without it they are all there, in full.
 "use strict";
 
 document.addEventListener("DOMContentLoaded", () => {
   const scored = [...document.querySelectorAll("#the-scoreboard table")].filter((t) => t.querySelector("td .verdict"));
-  [...scored, ...document.querySelectorAll("table.ledger, table.claims")].forEach(labelCells);
+  [...scored, ...document.querySelectorAll("table.ledger, table.claims")].forEach((table) => labelCells(table, "as-cards"));
   if (scored.length) addFilter(scored);
+  // Tables of totals: beside the chapter's title, a column for each verdict.
+  for (const table of document.querySelectorAll(".bd-article table.table")) {
+    if (table.tHead?.rows[0].cells[1]?.textContent.trim() !== "reproduced") continue;
+    labelCells(table, "as-totals");
+  }
+  document.querySelectorAll(".ledger-scroll").forEach(reachByKeyboard);
 });
 
+// A box that scrolls sideways takes the focus, so that the arrow keys scroll it; the theme does so for all others.
+function reachByKeyboard(box) {
+  if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+}
+
 // Each cell learns the head of its column: on a narrow screen a row becomes a card, and each cell says what it is.
-function labelCells(table) {
+function labelCells(table, kind) {
   const heads = [...table.tHead.rows[0].cells].map((cell) => cell.textContent.trim());
-  table.classList.add("as-cards");
+  table.classList.add(kind);
   for (const row of table.tBodies[0].rows) {
     [...row.cells].forEach((cell, i) => (cell.dataset.head = heads[i]));
   }

@@ -15,11 +15,14 @@ from tokenbook.pages.picture import FONTS, PALETTES
 
 WIDTH, LEFT, RIGHT = 640, 28, 596
 COLOURS = PALETTES["light"]
+# White around the letters of a case's title, so that the vertical lines do not strike them through.
+HALO = 'stroke="#fff" stroke-width="5" stroke-linejoin="round" paint-order="stroke"'
 
 
 def svg(operation: str, cases: list[tuple[str, list[dict[str, Any]]]]) -> str:
     """The figure's SVG. `cases`: title and rows of each case, the project's own variant first."""
     ratios = {title: found for title, rows in cases if (found := _ratios(rows))}
+    labels = _labels(list(ratios))
     names = list(dict.fromkeys(name for found in ratios.values() for name in found))
     letters = dict(zip(names, string.ascii_letters, strict=False))
     values = [value for found in ratios.values() for value in found.values()]
@@ -35,7 +38,7 @@ def svg(operation: str, cases: list[tuple[str, list[dict[str, Any]]]]) -> str:
     top = y + 8
     y = top + 8
     for title, found in ratios.items():
-        shapes.append(_text(LEFT - 12, y + 14, title, COLOURS["soft"]))
+        shapes.append(_text(LEFT - 12, y + 14, labels[title], COLOURS["soft"], HALO))
         y += 36
         shapes.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="{COLOURS["box"]}" stroke-width="2"/>')
         levels = _levels({name: x(value) for name, value in found.items()})
@@ -47,9 +50,14 @@ def svg(operation: str, cases: list[tuple[str, list[dict[str, Any]]]]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'height="{height}" role="img" font-family="{FONTS}">\n<title>{title}</title>\n'
-        + "\n".join(shapes)
-        + "\n</svg>\n"
+        f'<rect width="{WIDTH}" height="{height}" rx="6" fill="#fff"/>\n' + "\n".join(shapes) + "\n</svg>\n"
     )
+
+
+def _labels(titles: list[str]) -> dict[str, str]:
+    """What the figure calls each case: its title without the shape, for which a line is too short."""
+    short = {title: title.split(" (")[0] for title in titles}
+    return short if len(set(short.values())) == len(short) else {title: title for title in titles}
 
 
 def _tick(tick: float, x: float, top: float, bottom: float) -> str:

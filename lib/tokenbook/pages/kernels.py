@@ -19,7 +19,8 @@ INTRO = """# The kernels
 The operations that chapters share, measured against their peers, side by side in one run. Of each call the
 median is shown, with the quartiles; the floor is a plain copy, on the same device, of as many bytes as the
 operation has to read and write. The first variant of each table is ours. A speed is written down only where
-the operation's own tests passed in that same run. `make bench` measures again on the machine at hand.
+the operation's own tests passed in that same run. The letters of a shape are explained at the top of the
+operation's file in `lib/tokenbook/kernels/`. `make bench` measures again on the machine at hand.
 """
 NO_GPU = (
     "**No result from a GPU is committed yet.** All figures below were measured on a CPU; the Triton kernels "
@@ -68,6 +69,7 @@ def _cases(result: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]
         result["rows"], lambda r: (r["case"], tuple(r["shape"].items()), r["dtype"], r["direction"])
     ):
         dims = " ".join(f"{letter}={size}" for letter, size in shape)
+        direction = "forward and backward" if direction == "both" else direction
         yield f"{name}, {direction} ({', '.join(filter(None, [dims, dtype]))})", list(rows)
 
 
@@ -97,9 +99,13 @@ def _measured(result: dict[str, Any]) -> str:
     return f"Measured on {result['measured_on']}{command}{passed}. {where}\n"
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.01 else "< 0.01"
+
+
 def _variant(row: dict[str, Any], ours: float | None) -> str:
     median = row["median_ms"]
-    times = f"{median / ours:.2f}" if median and ours else "–"
+    times = _times(median / ours) if median and ours else "–"
     spread = f"{number(row['low_ms'])} to {number(row['high_ms'])}" if median else "–"
     peak = f"{row['peak_mib']:,.1f} MiB" if row.get("peak_mib") is not None else "–"
     cells = [cell(row["variant"]), number(median), spread, times, peak, cell(row.get("note") or "")]

@@ -21,9 +21,11 @@ html_theme.sidebar_secondary.remove: true
 
 # The scoreboard
 
-Every claim of every chapter: the paper's figure, ours with its interval, the threshold that was fixed before
-the run, what the control gave, and the verdict that follows from them. A verdict is computed, never typed;
-[](how-to-read.md) says by which rule.
+Every claim of every chapter: the paper's figure, ours with its 95 % interval, the threshold that was fixed
+before the run, what the control gave, and the verdict that follows from them. A verdict is computed, never
+typed; [](how-to-read.md) says by which rule. It speaks of the scale that stands above each table: at `small`,
+of small models trained in the notebook. A claim that is not reproduced there is not refuted for the paper's
+own models.
 """
 
 
@@ -77,7 +79,8 @@ def _cells(claim: dict[str, Any], without: str) -> list[str]:
     caveat = CAVEATS.get(claim.get("source", ""), "")
     where = "; ".join(filter(None, [claim.get("where", ""), caveat]))
     paper = cell(claim["paper"]) + (f"<br><small>{cell(where)}</small>" if where else "")
-    ours = "<br>".join(_criterion(c) for c in claim["criteria"]) or "–"
+    dot = "• " if len(claim["criteria"]) > 1 else ""
+    ours = "<br>".join(dot + _criterion(c) for c in claim["criteria"]) or "–"
     verdict = badge(claim["verdict"])
     if claim.get("reason"):
         verdict += f"<br><small>{cell(claim['reason'])}</small>"

@@ -12,8 +12,9 @@ html_theme.sidebar_secondary.remove: true
 # Status
 
 What the numbers in this book come from: for every chapter the run whose outputs are shown, on which device
-it ran, when, for how long, and with which versions. Running a chapter again ([](how-to-run.md)) and rendering
-the book replaces its row.
+it ran, when, for how long, and with which versions. Where it says *as committed*, the outputs came with the
+repository. Running a chapter again ([](how-to-run.md)) and rendering the book replaces its row; a dash stands
+for what the notebook's metadata do not tell.
 """
 # Versions shown first, where a run has them; all others follow by name.
 FIRST = ("python", "torch", "triton", "transformers", "numpy")
@@ -38,7 +39,7 @@ def _cells(material: Material) -> list[str]:
         outcome = facts.get("status", "executed")
     return [
         f"[{name}](../notebooks/{name}.ipynb)",
-        outcome if material.is_run else f"{outcome}, outputs as committed",
+        outcome if material.is_run else f"{outcome}, as committed",
         material.ledger["scale"] if material.ledger else "–",
         cell(device(facts.get("device"))),
         f"{seconds:.0f}" if seconds is not None else "–",
@@ -54,17 +55,17 @@ def _time(stamp: str | None) -> str:
 
 
 def _parameters(materials: list[Material]) -> str:
-    lines = ["## Parameters\n"]
+    lines = ["## Parameters\n", "What each run was given, or took from the preset of its scale.\n"]
     for material in materials:
         if material.ledger:
             given = ", ".join(f"{k} = {v!r}" for k, v in material.ledger["parameters"].items())
             lines.append(f"- **{material.chapter.name}**: `{given}`")
-    return "\n".join(lines) + "\n" if len(lines) > 1 else ""
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def _versions(materials: list[Material]) -> str:
-    """One table, one column per chapter, or one line where all chapters agree."""
-    by_chapter = {m.chapter.name: m.provenance.get("versions") or {} for m in materials}
+    """A table with a row per chapter, or one line where all chapters that tell their versions agree."""
+    by_chapter = {m.chapter.name: v for m in materials if (v := m.provenance.get("versions"))}
     names = {name for versions in by_chapter.values() for name in versions}
     if not names:
         return ""
@@ -72,8 +73,9 @@ def _versions(materials: list[Material]) -> str:
     lines = ["## Versions\n"]
     if len({tuple(sorted(versions.items())) for versions in by_chapter.values()}) == 1:
         versions = next(iter(by_chapter.values()))
-        said = "The same in every chapter: " if len(by_chapter) > 1 else ""
-        return "\n".join([*lines, said + ", ".join(f"{n} {versions[n]}" for n in order) + "."]) + "\n"
+        silent = [f"**{m.chapter.name}**" for m in materials if m.chapter.name not in by_chapter]
+        said = "The same in every chapter" + (f" (not told by {', '.join(silent)})" if silent else "")
+        return "\n".join([*lines, f"{said}: {', '.join(f'{n} {versions[n]}' for n in order)}."]) + "\n"
     lines += [row(["Chapter", *order]), row(["---"] * (len(order) + 1))]
     for chapter, versions in by_chapter.items():
         lines.append(row([chapter, *[str(versions.get(name, "–")) for name in order]]))

@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenbook.ledger import number
 
-# Units of the numbers in a device's description; all else speaks for itself.
-COUNTED = {"cores": "cores", "threads": "threads", "memory_gib": "GiB"}
+# A device's facts in the order in which they are told, and how the numbers among them are said.
+DEVICE = ("kind", "name", "processor", "cores", "threads", "memory_gib", "system")
+COUNTED = {"cores": "core", "threads": "thread"}
 
 
 def cell(text: str) -> str:
@@ -29,7 +30,13 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def device(facts: dict[str, Any] | None) -> str:
-    """A device in words: `cpu, Some Processor, 2 cores, 2 threads`."""
-    known = {key: value for key, value in (facts or {}).items() if value not in (None, "")}
-    said = [f"{value} {COUNTED[key]}" if key in COUNTED else str(value) for key, value in known.items()]
-    return ", ".join(said) or "–"
+    """A device in words: `cpu, Some Processor, 2 cores, 1 thread`. Facts with other names come last."""
+    facts = facts or {}
+    order = [*(key for key in DEVICE if key in facts), *(key for key in facts if key not in DEVICE)]
+    return ", ".join(_fact(key, facts[key]) for key in order if facts[key] not in (None, "")) or "–"
+
+
+def _fact(key: str, value: Any) -> str:
+    if key in COUNTED:
+        return f"{value} {COUNTED[key]}{'' if value == 1 else 's'}"
+    return f"{value} GiB" if key == "memory_gib" else str(value)
