@@ -6,6 +6,7 @@ import re
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -69,3 +70,17 @@ def test_paper_value_draws_the_papers_line(shown):
     assert list(figure.axes[0].lines[-1].get_ydata()) == [0.5, 0.5]
     with pytest.raises(ValueError, match="axis must be 'x' or 'y', got 'z'"):
         figures.paper_value(figure.axes[0], 0.5, "paper", axis="z")
+
+
+def test_a_thin_line_keeps_its_colour_beside_a_picture_of_many_colours():
+    rng = np.random.default_rng(0)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4))
+    for colour in figures.PALETTE:
+        left.plot(rng.normal(size=30).cumsum(), lw=1, color=colour)
+    right.imshow(rng.random((40, 40, 3)))
+    image = Image.open(io.BytesIO(figures.png(fig))).convert("RGB")
+    plt.close(fig)
+    found = np.array([colour for _, colour in image.getcolors(1 << 20)], dtype=float)
+    for colour in figures.PALETTE:
+        wanted = 255 * np.array(matplotlib.colors.to_rgb(colour))
+        assert np.abs(found - wanted).max(1).min() < 20, colour

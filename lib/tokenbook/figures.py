@@ -66,10 +66,15 @@ def paper_value(ax, value: float, label: str, *, axis: str = "y") -> None:
 
 
 def png(figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG of at most 128 colours: a third of the size, and nothing that an eye would miss."""
+    """The figure as a PNG of at most 256 colours: a third of the size, and nothing that an eye would miss.
+
+    Colours are picked by how far they lie apart: by how often they occur, a thin line beside a heat map would
+    turn grey.
+    """
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
-    image = Image.open(raw).convert("RGB").quantize(colors=128, method=Image.Quantize.MEDIANCUT, dither=0)
+    palette = {"colors": 256, "method": Image.Quantize.MAXCOVERAGE, "kmeans": 2}
+    image = Image.open(raw).convert("RGB").quantize(**palette, dither=0)
     small = io.BytesIO()
     image.save(small, format="png", optimize=True)
     return small.getvalue()
