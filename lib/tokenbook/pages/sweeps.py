@@ -224,7 +224,7 @@ def _heat(figure: Any, axis: Any, sweep: sweeps.Sweep, frame: pandas.DataFrame, 
     for (line, column), value in numpy.ndenumerate(table):
         ink = "black" if norm(value) > 0.5 else "white"
         interval = found.get((columns[column], lines[line]), (value, None))[1]
-        said = number(value) + (f"\n{number(interval[0])} to\n{number(interval[1])}" if interval else "")
+        said = f"{value:.2g}" + (f"\n{interval[0]:.2g} to\n{interval[1]:.2g}" if interval else "")
         axis.text(column, line, said, ha="center", va="center", color=ink, fontsize="x-small")
     axis.set_xticks(range(len(columns)), [str(at) for at in columns])
     axis.set_yticks(range(len(lines)), [str(line) for line in lines])
