@@ -126,7 +126,7 @@ def page(name: str, sweep: sweeps.Sweep, frame: pandas.DataFrame) -> str:
         for y in _ys(sweep):
             mean, interval = summary(rows, y)
             spread = f" ({number(interval[0])} to {number(interval[1])})" if interval else ""
-            cells.append(number(mean) + spread)
+            cells.append(number(mean) + spread if mean == mean else "–")  # nan: not measured in these runs
         lines.append(row(cells))
     fixed = ", ".join(f"`{key} = {value!r}`" for key, value in sweep.fixed.items())
     lines += [
