@@ -202,7 +202,13 @@ def test_an_interrupt_ends_kernels_with_status_130_and_the_next_call_resumes(pro
     command = [sys.executable, "-m", "tokenbook.cli", "build", "--jobs", "2"]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command, env=env, cwd=project.root, stdout=pipe, stderr=pipe, start_new_session=True
+        command,
+        env=env,
+        cwd=project.root,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
     )
     assert gone(lambda: not all((project.root / slug).exists() for slug in ("first", "second")), 60)
     os.killpg(process.pid, number)  # as a terminal does
