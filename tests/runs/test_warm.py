@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not warm.available(), reason="this system does n
 
 def child(template, tmp_path, code, env=None, cwd=None):
     """Run `python -m probe` as a fork of the template and return what it printed as JSON."""
-    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # as old as this second, it would count as new
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # of the same second it would count as new
     (tmp_path / "probe.py").write_text(textwrap.dedent(code))
     env = {**os.environ, "PYTHONPATH": str(tmp_path), **(env or {})}
     with open(tmp_path / "out", "w+b") as out:
