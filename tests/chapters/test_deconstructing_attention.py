@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from invented import verdicts_in
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -303,9 +304,6 @@ def test_counted_tables_are_those_of_plain_counting(smoke):
 
 def verdicts_with(smoke, **changes):
     """The ledger's verdicts when the losses [n_seeds, n_eval] are those of a world where the paper holds."""
-    import nbformat
-
-    from tests.chapters.conftest import NOTEBOOKS
 
     space = dict(smoke)
     blind, shown = 2.9, 2.2
@@ -322,12 +320,7 @@ def verdicts_with(smoke, **changes):
     space["from_half"][1] += changes.pop("better_from_half", 0.0)
     space["blind"], space["shown"] = np.array([[changes.pop("blind", blind)]]), np.array([[shown]])
     space.update(changes)
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    start = [cell.id for cell in cells].index("ledger")
-    for cell in cells[start:]:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, cell.id, "exec"), space)
-    return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
+    return verdicts_in(space, CHAPTER)
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(smoke):

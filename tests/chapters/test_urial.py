@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from invented import verdicts_in
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -408,12 +409,7 @@ def verdicts_with(smoke, seeds=(0,), levels=None, refused=(True, False), broken=
     space["SEEDS"], space["main"] = list(seeds), space["tables"][seeds[0], "aligned"]
     space["names"] = list(LEVELS)
     space["board"] = pd.DataFrame({"overall": LEVELS, "words": LEVELS})
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    start = [cell.id for cell in cells].index("ledger")
-    for cell in cells[start:]:
-        if cell.cell_type == "code":
-            exec(compile(cell.source, cell.id, "exec"), space)
-    return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
+    return verdicts_in(space, CHAPTER)
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
