@@ -5,8 +5,9 @@ import json
 import pytest
 
 from tokenbook import papers
-from tokenbook.ledger import MIME, Ledger, LedgerError, judge, ledger_html
+from tokenbook.ledger import MIME, Ledger, LedgerError, judge, other_verdicts
 from tokenbook.ledger import Measurement as M
+from tokenbook.ledger_table import ledger_html
 
 MORE = {"id": "gain", "what": "gain", "unit": "%", "op": ">=", "threshold": 50, "null": 0}
 LESS = {"id": "gap", "what": "gap", "unit": "nats", "op": "<=", "threshold": 0.02}
@@ -54,6 +55,34 @@ def test_a_direction_criterion_alone_decides_direction_only():
     measured = {"gap": M(0.03, (0.02, 0.04), control=0.5)}
     assert judge(claim(LESS, HALF), measured | {"ratio": M(0.4)})[0] == "direction only"
     assert judge(claim(LESS, HALF), measured | {"ratio": M(0.6)})[0] == "not reproduced"
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "control", "control_interval", "others"),
+    [
+        (60, (55, 65), 3, None, []),
+        (60, (40, 80), 3, None, ["direction only"]),
+        (30, (-5, 60), 3, None, ["reproduced", "not reproduced"]),
+        (-5, (-9, -1), 3, None, []),
+        (60, (55, 65), 45, (40, 52), ["not reproduced"]),  # the control might have passed
+        (60, (55, 65), 52, (45, 60), ["reproduced"]),  # the control might have failed
+        (60, (55, 65), float("nan"), None, []),
+    ],
+)
+def test_the_ends_of_the_intervals_tell_which_verdicts_they_leave_open(
+    value, interval, control, control_interval, others
+):
+    assert other_verdicts(claim(MORE), {"gain": M(value, interval, control, control_interval)}) == others
+
+
+@pytest.mark.parametrize(("interval", "others"), [((0, 0.015), []), ((0.0, 0.03), ["reproduced"])])
+def test_where_less_is_wanted_the_lower_end_speaks_for_the_claim(interval, others):
+    measured = {"gap": M(0.01, interval, 0.5), "ratio": M(0.4)}
+    assert other_verdicts(claim(LESS, HALF), measured) == others
+
+
+def test_a_criterion_without_an_interval_leaves_nothing_open():
+    assert other_verdicts(claim(EXACT), {"error": M(1e-6, None, 0.2)}) == []
 
 
 def test_every_required_criterion_must_hold():
@@ -114,6 +143,10 @@ def test_measurements_that_do_not_fit_are_refused(ledger):
         ledger.measure("C1", "gain", 1, interval=(0, 2))
     with pytest.raises(LedgerError, match=r"\(low, high\)"):
         ledger.measure("C1", "gain", 1, interval=(2, 0), control=0)
+    with pytest.raises(LedgerError, match=r"\(low, high\)"):
+        ledger.measure("C1", "gain", 1, interval=(0, 2), control=0, control_interval=(1, 0))
+    with pytest.raises(LedgerError, match="control_interval needs a control"):
+        ledger.measure("C1", "gain", 1, interval=(0, 2), control_interval=(0, 1))
     with pytest.raises(LedgerError, match="reason"):
         ledger.untested("C1", " ")
 
@@ -145,7 +178,9 @@ def test_rows_hold_the_contract_and_are_plain_json(ledger):
     assert contract <= set(first)
     assert (first["verdict"], first["measured"], first["interval"]) == ("reproduced", 60.0, [40.0, 80.0])
     assert first["control"] == {"value": None, "what": "shuffled"}
+    assert first["other_verdicts"] == ["direction only"]
     assert (second["verdict"], second["reason"]) == ("untested", "needs 7B")
+    assert second["other_verdicts"] == []
     assert payload["measurements"]["nll"] == {"value": 2.5, "unit": "nats", "interval": [2.0, 3.0]}
 
 
@@ -154,6 +189,14 @@ def test_the_table_says_the_verdict_in_words_and_the_caveat(ledger):
     table = ledger_html(ledger.rows())
     assert ">reproduced</span>" in table
     assert "from memory, to be verified" in table
+    assert "the intervals leave open: direction only" in table
+
+
+def test_the_table_shows_the_interval_of_a_control(ledger):
+    ledger.measure("C1", "gain", 60, interval=(55, 80), control=3, control_interval=(-2, 7))
+    table = ledger_html(ledger.rows())
+    assert "control 3 [-2, 7]" in table
+    assert "leave open" not in table
 
 
 def test_show_puts_table_and_data_into_one_output(ledger, monkeypatch):

@@ -51,6 +51,17 @@ def test_a_run_wins_over_the_committed_notebook(root, tmp_path):
     assert totals(gather(root, {"first": run}))["reproduced"] == 1
 
 
+def test_the_scoreboard_says_which_verdicts_the_intervals_leave_open(root, tmp_path):
+    assert (
+        "Of the 6 claims that were tested, 0 would get another" in pages.generated(root)["book/scoreboard.md"]
+    )
+    run = sample_book.run(root, tmp_path / "store", "first", saved=85.1)
+    page = pages.generated(root, {"first": run})["book/scoreboard.md"]
+    assert "Of the 6 claims that were tested, 1 would get another" in page
+    assert page.count("<small>the intervals leave open: direction only</small>") == 1
+    assert "**3.1\u00a0%** \\[2.6, 3.7\\]" in page
+
+
 def test_runs_of_an_unknown_chapter_are_refused(root, tmp_path):
     with pytest.raises(pages.PageError, match="no chapter 'third': there are first, second"):
         pages.generated(root, {"third": tmp_path})

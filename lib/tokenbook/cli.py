@@ -15,6 +15,7 @@ import click
 from tokenbook import papers, parameters
 from tokenbook.cli_options import jobs_option, json_option, open_store, store_option, timeout_option
 from tokenbook.cli_sweeps import results, sweep
+from tokenbook.ledger_table import left_open
 from tokenbook.runs import cells, console, engines, notebooks, refresh, schedule, store, table
 from tokenbook.runs import doctor as machine
 
@@ -152,6 +153,7 @@ def claims(chapter: str | None, as_json: bool, where: str | None) -> None:
         wanted = row["threshold"] or "-"
         click.echo(
             f"{row['chapter']:<18} {row['claim']:<5} {row['verdict']:<15} {measured} (wanted {wanted})"
+            + (f"; {said}" if (said := left_open(row)) else "")
         )
         click.echo(textwrap.fill(row["statement"], 100, initial_indent=" " * 25, subsequent_indent=" " * 25))
 

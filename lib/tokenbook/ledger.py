@@ -6,18 +6,21 @@ A verdict is computed, never typed:
     direction only   the right sign, but a threshold or an interval is missed
     not reproduced   neither; also when the control meets the threshold, because then nothing is shown
     untested         with the reason
+
+Another run, with other seeds, measures something else. `other_verdicts` tells how far a verdict depends on
+that: which ones the ends of the intervals would have given.
 """
 
 from __future__ import annotations
 
-import html
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenbook.papers import CAVEATS, Claim, Criterion
+from tokenbook.ledger_table import ledger_html
+from tokenbook.papers import Claim, Criterion
 
 MIME = "application/vnd.tokenbook.claims+json"
 VERDICTS = ("reproduced", "direction only", "not reproduced", "untested")
@@ -29,11 +32,12 @@ class LedgerError(ValueError):
 
 @dataclass(frozen=True)
 class Measurement:
-    """A value with its interval, and the control's value, all in the criterion's unit."""
+    """A value with its interval, and the control's value with its own, all in the criterion's unit."""
 
     value: float
     interval: tuple[float, float] | None = None
     control: float | None = None
+    control_interval: tuple[float, float] | None = None
 
 
 def interval_holds(criterion: Criterion, measured: Measurement) -> bool:
@@ -76,6 +80,33 @@ def judge(claim: Claim, measured: dict[str, Measurement]) -> tuple[str, str]:
     return ("direction only" if right else "not reproduced"), reason
 
 
+def other_verdicts(claim: Claim, measured: dict[str, Measurement]) -> list[str]:
+    """Verdicts other than that of `judge` which the intervals leave open, in the order of VERDICTS.
+
+    The claim is judged again with all its measurements at the ends of their intervals that speak against it
+    (and its controls at the ends that speak against them failing), then at those that speak for it.  What
+    has no interval stays where it is.  An empty list: the verdict does not depend on where in the intervals
+    the truth lies.
+    """
+    rules = {c.id: c for c in claim.criteria}
+    ends = [
+        judge(claim, {name: _at_end(rules[name], m, good) for name, m in measured.items()})[0]
+        for good in (False, True)
+    ]
+    return [v for v in VERDICTS if v in ends and v != judge(claim, measured)[0]]
+
+
+def _at_end(criterion: Criterion, measured: Measurement, good: bool) -> Measurement:
+    """The measurement at the end of its interval that speaks for the claim (`good`) or against it."""
+    upper = criterion.wants_more == good
+    if measured.interval is not None and not criterion.exact:
+        end = measured.interval[upper]
+        measured = replace(measured, value=end, interval=(end, end))
+    if measured.control_interval is not None:
+        measured = replace(measured, control=measured.control_interval[not upper])
+    return measured
+
+
 def _null(criterion: Criterion) -> str:
     null = criterion.threshold if criterion.null is None else criterion.null
     return f"{null:g} {criterion.unit}".rstrip()
@@ -99,11 +130,13 @@ class Ledger:
         value: float,
         interval: tuple[float, float] | None = None,
         control: float | None = None,
+        control_interval: tuple[float, float] | None = None,
     ) -> None:
         """Enter one measurement, in the criterion's unit.
 
         Raises LedgerError for an unknown claim or criterion, an interval that is not (low, high), a missing
-        interval (unless the criterion is exact) or a missing control (where the claim names one).
+        interval (unless the criterion is exact), a missing control (where the claim names one) or an interval
+        of a control that is not there.
         """
         entry = self._claim(claim)
         known = {c.id: c for c in entry.criteria}
@@ -112,15 +145,17 @@ class Ledger:
         rule = known[criterion]
         if interval is None and not rule.exact and rule.role == "required":
             raise LedgerError(f"{claim}.{criterion} needs an interval (only exact criteria go without one)")
-        if interval is not None:
-            interval = (float(interval[0]), float(interval[1]))
-            if interval[0] > interval[1]:
-                raise LedgerError(f"{claim}.{criterion}: the interval must read (low, high), got {interval}")
+        if control is None and control_interval is not None:
+            raise LedgerError(f"{claim}.{criterion}: control_interval needs a control")
+        interval, control_interval = (
+            _checked(f"{claim}.{criterion}", given) for given in (interval, control_interval)
+        )
         if control is None and rule in entry.controlled:
             raise LedgerError(f"{claim}.{criterion} needs the control's value: {entry.control}")
         self.reasons.pop(claim, None)
         control = None if control is None else float(control)
-        self.measured.setdefault(claim, {})[criterion] = Measurement(float(value), interval, control)
+        measured = Measurement(float(value), interval, control, control_interval)
+        self.measured.setdefault(claim, {})[criterion] = measured
 
     def untested(self, claim: str, reason: str) -> None:
         """Leave a claim untested, with the reason that readers are shown."""
@@ -134,8 +169,7 @@ class Ledger:
         self, name: str, value: float, unit: str = "", interval: tuple[float, float] | None = None
     ) -> None:
         """Keep a further number with the run (it decides no claim)."""
-        bounds = None if interval is None else [_finite(interval[0]), _finite(interval[1])]
-        self.measurements[name] = {"value": _finite(value), "unit": unit, "interval": bounds}
+        self.measurements[name] = {"value": _finite(value), "unit": unit, "interval": _plain(interval)}
 
     def verdict(self, claim: str) -> str:
         """The computed verdict on one claim."""
@@ -198,8 +232,9 @@ class Ledger:
                 **{k: v for k, v in c.model_dump().items() if k in ("id", "what", "unit", "exact", "role")},
                 "threshold": str(c),
                 "measured": _finite(got[c.id].value),
-                "interval": None if got[c.id].interval is None else [_finite(x) for x in got[c.id].interval],
+                "interval": _plain(got[c.id].interval),
                 "control": None if got[c.id].control is None else _finite(got[c.id].control),
+                "control_interval": _plain(got[c.id].control_interval),
                 "met": c.met_by(got[c.id].value),
             }
             for c in claim.criteria
@@ -221,6 +256,7 @@ class Ledger:
             "control": None if not claim.control else {"value": shown, "what": claim.control},
             "verdict": verdict,
             "reason": reason,
+            "other_verdicts": [] if verdict == "untested" else other_verdicts(claim, got),
             "scale": self.parameters.scale,
             "run": os.environ.get("TOKENBOOK_RUN"),
             "criteria": criteria,
@@ -232,39 +268,14 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def number(value: float | None) -> str:
-    """A number for people: four significant digits, a dash where there is none."""
-    return "–" if value is None else f"{value:.4g}"
+def _plain(interval: tuple[float, float] | None) -> list[float | None] | None:
+    return None if interval is None else [_finite(end) for end in interval]
 
 
-def _criterion_html(c: dict[str, Any]) -> str:
-    interval = "" if c["interval"] is None else f" [{number(c['interval'][0])}, {number(c['interval'][1])}]"
-    control = "" if c["control"] is None else f"; control {number(c['control'])}"
-    role = "direction: " if c["role"] == "direction" else ""
-    return (
-        f"<div>{role}{html.escape(c['what'])}: <b>{number(c['measured'])}</b>{interval} "
-        f"{html.escape(c['unit'])} (wanted {html.escape(c['threshold'])}{control})</div>"
-    )
-
-
-def ledger_html(rows: list[dict[str, Any]]) -> str:
-    """The ledger as an HTML table; verdicts are words, the colour only repeats them."""
-    body = []
-    for row in rows:
-        caveat = CAVEATS.get(row["source"], "")
-        source = html.escape(row["where"]) + (f" <i>({caveat})</i>" if caveat else "")
-        measured = "".join(_criterion_html(c) for c in row["criteria"]) or "–"
-        control = html.escape(row["control"]["what"]) if row["control"] else "–"
-        reason = f"<div>{html.escape(row['reason'])}</div>" if row["reason"] else ""
-        badge = f'<span class="verdict verdict-{row["verdict"].replace(" ", "-")}">{row["verdict"]}</span>'
-        body.append(
-            f"<tr><th scope='row'>{html.escape(row['claim'])}</th><td>{html.escape(row['statement'])}</td>"
-            f"<td>{html.escape(row['paper'])}<br><small>{source}</small></td><td>{measured}</td>"
-            f"<td>{control}</td><td>{badge}{reason}</td></tr>"
-        )
-    heads = ("Claim", "Statement", "Paper", "Ours [interval] (threshold; control)", "Control", "Verdict")
-    head = "".join(f"<th scope='col'>{h}</th>" for h in heads)
-    return (
-        f'<div class="ledger-scroll"><table class="ledger"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+def _checked(where: str, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    low, high = (float(end) for end in interval)
+    if low > high:
+        raise LedgerError(f"{where}: the interval must read (low, high), got {(low, high)}")
+    return low, high

@@ -10,7 +10,7 @@ import string
 from html import escape
 from typing import Any
 
-from tokenbook.ledger import number
+from tokenbook.ledger_table import number
 from tokenbook.pages.picture import FONTS, PALETTES
 
 WIDTH, LEFT, RIGHT = 640, 28, 596

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tokenbook.ledger import number
+from tokenbook.ledger_table import number
 from tokenbook.pages import kernel_figure
 from tokenbook.pages.contents import PageError
 from tokenbook.pages.words import cell, device

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenbook.ledger import number
+from tokenbook.ledger_table import left_open, number
 from tokenbook.pages.material import VERDICTS, Material, totals
 from tokenbook.pages.words import cell, quantity, row
 from tokenbook.papers import CAVEATS
@@ -33,7 +33,7 @@ def page(materials: list[Material]) -> str:
     """The page `book/scoreboard.md`."""
     blocks = [INTRO]
     if any(material.claims for material in materials):
-        blocks += ["## Totals\n", totals_table(materials, link="../notebooks/{}.ipynb")]
+        blocks += ["## Totals\n", totals_table(materials, link="../notebooks/{}.ipynb"), _how_firm(materials)]
     else:
         blocks.append("No chapter has been executed yet.\n")
     blocks += [_chapter(material) for material in materials]
@@ -56,6 +56,16 @@ def totals_table(materials: list[Material], link: str) -> str:
     counts = totals(materials)
     lines.append(row([f"**{text}**" for text in ("All", *counts.values(), sum(counts.values()))]))
     return "\n".join(lines) + "\n"
+
+
+def _how_firm(materials: list[Material]) -> str:
+    """How many verdicts depend on where in their intervals the truth lies."""
+    tested = [c for m in materials for c in m.claims if c["verdict"] != "untested"]
+    n_open = sum(bool(left_open(claim)) for claim in tested)
+    return (
+        f"Of the {len(tested)} claims that were tested, {n_open} would get another verdict at one end of "
+        "their intervals. They are marked below; with other seeds, expect some of them to move.\n"
+    )
 
 
 def _chapter(material: Material) -> str:
@@ -82,8 +92,8 @@ def _cells(claim: dict[str, Any], without: str) -> list[str]:
     dot = "• " if len(claim["criteria"]) > 1 else ""
     ours = "<br>".join(dot + _criterion(c) for c in claim["criteria"]) or "–"
     verdict = badge(claim["verdict"])
-    if claim.get("reason"):
-        verdict += f"<br><small>{cell(claim['reason'])}</small>"
+    for said in (claim.get("reason"), left_open(claim)):
+        verdict += f"<br><small>{cell(said)}</small>" if said else ""
     return [
         f"**{cell(claim['claim'])}** {cell(claim['statement'])}",
         paper,
@@ -94,15 +104,20 @@ def _cells(claim: dict[str, Any], without: str) -> list[str]:
 
 
 def _criterion(criterion: dict[str, Any]) -> str:
-    interval = criterion["interval"]
-    bounds = f" \\[{number(interval[0])}, {number(interval[1])}\\]" if interval else ""
-    value = f"**{quantity(criterion['measured'], criterion['unit'])}**{bounds}"
+    value = f"**{quantity(criterion['measured'], criterion['unit'])}**{_bounds(criterion['interval'])}"
     return f"{cell(criterion['what'])}: {value}, wanted {cell(criterion['threshold'])}"
 
 
 def _control(claim: dict[str, Any], without: str) -> str:
     if not claim["control"]:
         return f"none needed: {cell(without)}" if without else "–"
-    values = [quantity(c["control"], c["unit"]) for c in claim["criteria"] if c["control"] is not None]
-    gave = f": **{', '.join(values)}**" if values else ""
-    return f"{cell(claim['control']['what'])}{gave}"
+    values = [
+        f"**{quantity(c['control'], c['unit'])}**{_bounds(c.get('control_interval'))}"
+        for c in claim["criteria"]
+        if c["control"] is not None
+    ]
+    return f"{cell(claim['control']['what'])}{': ' if values else ''}{', '.join(values)}"
+
+
+def _bounds(interval: list[float | None] | None) -> str:
+    return f" \\[{number(interval[0])}, {number(interval[1])}\\]" if interval else ""

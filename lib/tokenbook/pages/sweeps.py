@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenbook.ledger import number
+from tokenbook.ledger_table import number
 from tokenbook.pages.contents import PageError
 from tokenbook.pages.words import cell, row
 from tokenbook.parameters import ParameterError

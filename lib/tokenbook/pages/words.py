@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tokenbook.ledger import number
+from tokenbook.ledger_table import number
 
 # A device's facts in the order in which they are told, and how the numbers among them are said.
 DEVICE = ("kind", "name", "processor", "cores", "threads", "memory_gib", "system")

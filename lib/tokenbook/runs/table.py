@@ -2,7 +2,7 @@
 
 Columns: chapter, key, status, seconds, ..., every parameter under its name, every further measurement under
 its name (`NAME_low`, `NAME_high`: its interval), every criterion of a claim as `p6_kl` (claim P6, criterion
-kl; with `_low`, `_high` and `_control`), every verdict as `p6_verdict`.
+kl; with `_low`, `_high`, `_control`, `_control_low` and `_control_high`), every verdict as `p6_verdict`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,9 @@ def flatten(record: dict[str, Any]) -> dict[str, Any]:
                 row[f"{column}_low"], row[f"{column}_high"] = criterion["interval"]
             if criterion["control"] is not None:
                 row[f"{column}_control"] = criterion["control"]
+            if criterion.get("control_interval") is not None:
+                low, high = criterion["control_interval"]
+                row[f"{column}_control_low"], row[f"{column}_control_high"] = low, high
     return row | record["parameters"]
 
 
