@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tokenbook import papers
+from tokenbook import metrics, papers
 from tokenbook.ledger import MIME, Ledger, LedgerError, judge, other_verdicts
 from tokenbook.ledger import Measurement as M
 from tokenbook.ledger_table import ledger_html
@@ -182,6 +182,13 @@ def test_rows_hold_the_contract_and_are_plain_json(ledger):
     assert (second["verdict"], second["reason"]) == ("untested", "needs 7B")
     assert second["other_verdicts"] == []
     assert payload["measurements"]["nll"] == {"value": 2.5, "unit": "nats", "interval": [2.0, 3.0]}
+
+
+def test_a_pair_brings_its_interval_along(ledger):
+    ledger.measure("C1", "gain", metrics.Estimate(60.0, (55, 65)), control=(3.0, (1, 5)))
+    criterion = ledger.rows()[0]["criteria"][0]
+    assert (criterion["measured"], criterion["interval"]) == (60, [55, 65])
+    assert (criterion["control"], criterion["control_interval"]) == (3, [1, 5])
 
 
 def test_the_table_says_the_verdict_in_words_and_the_caveat(ledger):

@@ -132,6 +132,36 @@ def test_bootstrap_refuses_what_it_cannot_resample(arguments, message):
         metrics.bootstrap_interval(**arguments)
 
 
+def test_an_estimate_draws_rows_as_wholes_and_then_their_items():
+    values = normal(1, 3, 50) + 5 * np.arange(3)[:, None]
+    found = metrics.estimate(np.mean, values, n_draws=400, seed=7)
+    rows = np.repeat(np.arange(3), 50)
+    assert found.value == pytest.approx(values.mean())
+    assert found.interval == metrics.bootstrap_interval(values.ravel(), clusters=rows, n_draws=400, seed=7)
+
+
+def test_an_estimate_of_the_same_items_draws_rows_and_items_apart():
+    values = normal(1, 3, 50)
+    found = metrics.estimate(np.mean, values, same_items=True, n_draws=400)
+    assert found.interval == metrics.bootstrap_interval(values, n_draws=400)
+
+
+def test_an_estimate_takes_labels_in_the_place_of_rows_and_several_arrays():
+    a, b, labels = normal(1, 60), normal(2, 60), np.repeat([0, 1, 2], [10, 20, 30])
+
+    def gap(x, y, axis=-1):
+        return x.mean(axis) - y.mean(axis)
+
+    found = metrics.estimate(gap, a, b, clusters=labels, n_draws=200)
+    assert found == (gap(a, b), metrics.bootstrap_interval((a, b), gap, clusters=labels, n_draws=200))
+
+
+@pytest.mark.parametrize("arrays", [(np.ones(3), np.ones(4)), (np.ones((2, 2, 2)),), ()])
+def test_an_estimate_refuses_arrays_that_do_not_fit(arrays):
+    with pytest.raises(ValueError, match=r"arrays must have one shape, \[n\] or \[S, n\]; got"):
+        metrics.estimate(np.mean, *arrays)
+
+
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (7, 10), (10, 10), (311, 1000)])
 def test_wilson_interval_solves_the_score_equation(successes, n):
     z, share = 1.959963984540054, successes / n
@@ -255,6 +285,16 @@ def test_key_cosine_averages_over_heads_and_positions():
         metrics.key_cosine(a * 0, b)
     with pytest.raises(ValueError, match="one shape"):
         metrics.key_cosine(a, b[:, :1])
+
+
+def test_rms_error_is_relative_to_the_reference():
+    wanted = torch.tensor([3.0, -4.0])
+    assert metrics.rms_error(wanted + torch.tensor([0.3, 0.4]), wanted) == pytest.approx(0.1)
+    assert metrics.rms_error(wanted, wanted) == 0.0
+    with pytest.raises(ValueError, match=r"one shape.*\[2\] and \[1\]"):
+        metrics.rms_error(wanted, wanted[:1])
+    with pytest.raises(ValueError, match="zeros"):
+        metrics.rms_error(wanted, torch.zeros(2))
 
 
 def test_exact_match_ignores_white_space_only():

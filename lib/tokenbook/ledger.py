@@ -127,17 +127,23 @@ class Ledger:
         self,
         claim: str,
         criterion: str,
-        value: float,
+        value: float | tuple[float, tuple[float, float]],
         interval: tuple[float, float] | None = None,
-        control: float | None = None,
+        control: float | tuple[float, tuple[float, float]] | None = None,
         control_interval: tuple[float, float] | None = None,
     ) -> None:
         """Enter one measurement, in the criterion's unit.
+
+        `value` and `control` may be pairs of a number and its interval, as `metrics.estimate` returns.
 
         Raises LedgerError for an unknown claim or criterion, an interval that is not (low, high), a missing
         interval (unless the criterion is exact), a missing control (where the claim names one) or an interval
         of a control that is not there.
         """
+        if isinstance(value, tuple):
+            value, interval = value
+        if isinstance(control, tuple):
+            control, control_interval = control
         entry = self._claim(claim)
         known = {c.id: c for c in entry.criteria}
         if criterion not in known:

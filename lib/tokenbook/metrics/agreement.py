@@ -35,6 +35,19 @@ def top1_agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return _first_argmax("p_logits", p_logits) == _first_argmax("q_logits", q_logits)
 
 
+def rms_error(got: Tensor, wanted: Tensor) -> float:
+    """RMS of the error over RMS of the reference, in float64: how far `got` is from `wanted`, relatively.
+
+    Raises ValueError for shapes that differ, and for a reference of zeros (no scale).
+    """
+    if got.shape != wanted.shape:
+        raise ValueError(f"got and wanted must have one shape, got {[*got.shape]} and {[*wanted.shape]}")
+    got, wanted = got.double(), wanted.double()
+    if not wanted.any():
+        raise ValueError("wanted must not be zeros only: a relative error needs a scale")
+    return float((got - wanted).norm() / wanted.norm())
+
+
 def key_cosine(keys_a: Tensor, keys_b: Tensor) -> float:
     """Mean cosine between the cached keys of two caches, over all leading dimensions, in float64.
 
