@@ -186,6 +186,8 @@ def test_rows_hold_the_contract_and_are_plain_json(ledger):
 
 def test_a_pair_brings_its_interval_along(ledger):
     ledger.measure("C1", "gain", metrics.Estimate(60.0, (55, 65)), control=(3.0, (1, 5)))
+    ledger.record("nll", metrics.Estimate(2.5, (2, 3)), unit="nats")
+    assert ledger.measurements["nll"] == {"value": 2.5, "unit": "nats", "interval": [2.0, 3.0]}
     criterion = ledger.rows()[0]["criteria"][0]
     assert (criterion["measured"], criterion["interval"]) == (60, [55, 65])
     assert (criterion["control"], criterion["control_interval"]) == (3, [1, 5])

@@ -172,9 +172,15 @@ class Ledger:
         self.reasons[claim] = reason
 
     def record(
-        self, name: str, value: float, unit: str = "", interval: tuple[float, float] | None = None
+        self,
+        name: str,
+        value: float | tuple[float, tuple[float, float]],
+        unit: str = "",
+        interval: tuple[float, float] | None = None,
     ) -> None:
-        """Keep a further number with the run (it decides no claim)."""
+        """Keep a further number with the run (it decides no claim); `value` may bring its interval along."""
+        if isinstance(value, tuple):
+            value, interval = value
         self.measurements[name] = {"value": _finite(value), "unit": unit, "interval": _plain(interval)}
 
     def verdict(self, claim: str) -> str:
