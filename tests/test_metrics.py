@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -291,6 +292,9 @@ def test_rms_error_is_relative_to_the_reference():
     wanted = torch.tensor([3.0, -4.0])
     assert metrics.rms_error(wanted + torch.tensor([0.3, 0.4]), wanted) == pytest.approx(0.1)
     assert metrics.rms_error(wanted, wanted) == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a number read from a tensor with a graph warns
+        assert metrics.rms_error(wanted.clone().requires_grad_(), wanted) == 0.0
     with pytest.raises(ValueError, match=r"one shape.*\[2\] and \[1\]"):
         metrics.rms_error(wanted, wanted[:1])
     with pytest.raises(ValueError, match="zeros"):

@@ -42,7 +42,7 @@ def rms_error(got: Tensor, wanted: Tensor) -> float:
     """
     if got.shape != wanted.shape:
         raise ValueError(f"got and wanted must have one shape, got {[*got.shape]} and {[*wanted.shape]}")
-    got, wanted = got.double(), wanted.double()
+    got, wanted = got.detach().double(), wanted.detach().double()
     if not wanted.any():
         raise ValueError("wanted must not be zeros only: a relative error needs a scale")
     return float((got - wanted).norm() / wanted.norm())
