@@ -1,15 +1,10 @@
 """The chapter `learn2pd`: refusals, decoding done again in plain loops, verdicts, the paper-scale path."""
 
-import contextlib
 import copy
-import dataclasses
-import io
 import json
 from unittest import mock
 
-import IPython.display
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -24,7 +19,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
-from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import verdicts_in
 from tokenbook.hub import HubError
 from tokenbook.parameters import ParameterError
 
@@ -443,7 +438,7 @@ def test_faults_are_named(method):
 
 
 def test_waste_is_the_share_of_positions_behind_the_end(ideal):
-    done = ideal["by_length"][0][32, "one at a time"].answers.tolist()
+    done = ideal["by_length"][32, "one at a time"][0].answers.tolist()
     wanted = [100 * (31 - row.index(EOT)) / (P + 32) for row in done]
     assert ideal["waste"](32)[0].tolist() == pytest.approx(wanted)
 
@@ -532,21 +527,6 @@ class Ideal(nn.Module):
         return p
 
 
-def run_cells_from(space, start):
-    """Execute the chapter's cells from one on, in the given namespace; nothing is shown."""
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    begin = next(n for n, cell in enumerate(cells) if cell.id == start)
-    with (
-        mock.patch.object(space["figures"], "show", lambda figure, *_: space["plt"].close(figure)),
-        mock.patch.object(IPython.display, "display"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        space["display"] = lambda *_: None
-        for cell in cells[begin:]:
-            if cell.cell_type == "code":
-                exec(compile(cell.source, cell.id, "exec"), space)
-
-
 def verdicts(space):
     return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
 
@@ -560,15 +540,15 @@ def ideal(run_cells):
     )  # fmt: skip
     space["models"], space["endless"] = [Ideal(space["worlds"][0])], Ideal(space["Chains"](0, ends=False))
     space["CACHES"] = True
-    run_cells_from(space, "filters")
+    with mock.patch.object(space["figures"], "show", lambda figure, *_: plt.close(figure)):
+        verdicts_in(space, CHAPTER, first="filters")
     return space
 
 
 def judged_with(space, **changes):
     """Verdicts when the ledger is written with some names changed."""
     with mock.patch.dict(space, changes):
-        run_cells_from(space, "ledger")
-        return verdicts(space)
+        return verdicts_in(space, CHAPTER)
 
 
 def decoded_with(space, *names, **broken):
@@ -577,8 +557,6 @@ def decoded_with(space, *names, **broken):
     with mock.patch.dict(space, broken):
         for name in names:
             rule, options = space["arms"](0)[name]
-            if options.pop("oracle", False):
-                options["target"] = space["runs"]["one at a time"][0].answers.roll(1, 0)
             runs[name] = [space["decode"](space["models"][0], space["TEST_PROMPTS"][0], rule, **options)]
     return runs
 
@@ -600,7 +578,7 @@ def constant(space, bias):
     nn.init.constant_(always[-1].bias, bias)
     lesson = space["lessons"][0]
     filters = {key: always if key[0] == "filter" else f for key, f in lesson.filters.items()}
-    return [dataclasses.replace(lesson, filters=filters)]
+    return [lesson._replace(filters=filters)]
 
 
 FILTERED = ("filter", "filter + EoTP", "filter + EoTP + prefix cache")
@@ -634,7 +612,10 @@ def test_broken_end_prediction_costs_the_verdict(ideal, shorten, lost):
 
 
 def test_an_oracle_that_looks_up_the_wrong_answer_costs_the_verdict(ideal):
-    assert judged_with(ideal, runs=decoded_with(ideal, "oracle"))["L6"] != "reproduced"
+    plain = ideal["plain_runs"][0]
+    others = [plain._replace(answers=plain.answers.roll(1, 0))]
+    got = judged_with(ideal, runs=decoded_with(ideal, "oracle", plain_runs=others))
+    assert got["L6"] != "reproduced"
 
 
 def test_a_cache_that_returns_the_wrong_rows_costs_the_verdict(ideal):
@@ -665,10 +646,10 @@ def test_a_predictor_that_cannot_solve_the_task_leaves_claims_untested(ideal):
 @pytest.mark.parametrize(
     ("claim", "changes"),
     [
-        ("L6", {"untrained": 100.0}),  # the control solves the task too
+        ("L6", {"untrained": np.ones(24)}),  # the control solves the task too
         ("L8", {"filter_seconds": np.full(9, 1e-3), "pass_seconds": np.full(9, 1e-3)}),
-        ("L11", {"cut_share": {"endless": 4.0, "ending": 100.0}}),
-        ("L11", {"cut_share": {"endless": 0.0, "ending": 0.0}}),  # EoTP never cuts anywhere
+        ("L11", {"cut": {"endless": np.eye(24)[0], "ending": np.ones(24)}}),
+        ("L11", {"cut": {"endless": np.zeros(24), "ending": np.zeros(24)}}),  # EoTP never cuts anywhere
     ],
 )
 def test_a_broken_measurement_costs_the_verdict(ideal, claim, changes):
@@ -676,10 +657,11 @@ def test_a_broken_measurement_costs_the_verdict(ideal, claim, changes):
 
 
 def test_the_gain_must_grow_with_the_length(ideal):
-    done = ideal["by_length"][0]
-    swapped = {(48 - G, name): run for (G, name), run in done.items()}  # 16 and 32 exchanged
-    assert judged_with(ideal, by_length=[swapped])["L4"] == "not reproduced"
-    assert judged_with(ideal, by_length=[swapped])["L7"] != "reproduced"
+    done = ideal["by_length"]
+    swapped = {(48 - G, name): runs for (G, name), runs in done.items()}  # 16 and 32 exchanged
+    got = judged_with(ideal, by_length=swapped)
+    assert got["L4"] == "not reproduced"
+    assert got["L7"] != "reproduced"
 
 
 @pytest.mark.parametrize(
