@@ -361,6 +361,25 @@ def test_a_broken_world_costs_the_verdict(smoke, claim, changes):
     assert verdicts_with(smoke, **changes)[claim] != "reproduced"
 
 
+def test_every_control_drawn_from_sequences_has_its_interval(smoke):
+    criteria = [c for row in smoke["ledger"].rows() for c in row["criteria"] if not c["exact"]]
+    controlled = [c for c in criteria if c["control"] is not None]
+    assert len(controlled) == 11
+    assert all(low <= c["control"] <= high for c in controlled for low, high in [c["control_interval"]])
+
+
+@pytest.mark.parametrize(("static", "verdict"), [(6, "reproduced"), (0, "not reproduced")])
+def test_recall_counts_once_the_standard_model_recalls(smoke, static, verdict):
+    ids, job = smoke["corpora"][0]["recall"].heldout, smoke["Job"]
+    trained = dict(smoke["trained"])
+    for v, n_right in {"standard": 12, "random": 1, "fixed": 2, "static": static}.items():
+        knows = torch.cat((ids[:, 1:], ids[:, :1]), 1)
+        knows[:, 13 + 3 * n_right :: 3] = smoke["VALUE"] - 1  # a key in the place of the later answers
+        trained[job("recall", v, "uniform", 0)] = one_hot_model(knows)
+    got = verdicts_with(smoke, trained=trained)
+    assert (got["D4b"], got["D5"]) == ("reproduced", verdict)
+
+
 def test_an_mlp_model_that_mixes_costs_d2(smoke):
     job = smoke["Job"]
     swapped = dict(smoke["trained"])
