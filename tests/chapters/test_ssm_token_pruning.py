@@ -3,7 +3,6 @@
 import io
 import math
 
-import nbformat
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import verdicts_in
 from tokenbook.models.vision_mamba import VimConfig, VisionMamba
 from tokenbook.parameters import ParameterError
 
@@ -341,11 +340,7 @@ def verdicts_with(smoke, before=(), after=(), vit=(), **changes):
     space["vit_before"] = answers(WORLD_VIT | dict(vit))
     slow = np.tile([[2.0], [1.0], [2.0]], (1, 9))
     space |= {"seconds": {"scan": slow, "model": slow}, "long_enough": 0.9, **changes}
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    for cell in cells:
-        if cell.id in ("ledger", "ledger-tuned", "ledger-rest"):
-            exec(compile(cell.source.replace("ledger.show()", ""), cell.id, "exec"), space)
-    return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
+    return verdicts_in(space, CHAPTER)
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
