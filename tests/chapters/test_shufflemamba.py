@@ -46,7 +46,7 @@ def smoke(run_cells):
         ({"patch_size": 8}, "patch_size must divide image_size = 8 into at least 2 patches; got 8"),
         ({"image_size": 16}, "image_size must be 8 for the digits; got 16"),
         ({"batch": 101}, "batch must be at most n_train and n_train_more, 100; got 101"),
-        ({"n_seeds": 2}, "n_seeds_ablations must be at most n_seeds = 2; got 3"),
+        ({"n_seeds": 1}, "n_seeds_ablations must be at most n_seeds = 1; got 2"),
         ({"n_seeds_ablations": 0}, "n_seeds_ablations must be a whole number, 1..100; got 0"),
         ({"model": "/nowhere/vim.pth", "scale": "smoke"}, "must be a .safetensors or .pth file that exists"),
         ({"dataset": "/nowhere"}, "dataset must hold images in train/CLASS/; got '/nowhere'"),
@@ -311,8 +311,10 @@ def test_groups_hold_every_run_once_and_keep_two_threads_busy_alike(method):
     groups = method["groups_of"](runs)
     assert sorted(id(run) for group in groups for run in group) == sorted(map(id, runs))
     assert all(len({run.arm.steps for run in group}) == 1 for group in groups)
-    longest, *others = [group[0].arm.steps * (len(group) + 1) for group in groups]
-    assert abs(longest - sum(others)) <= 2 * method["P"].steps, "the other thread takes the others in turn"
+    ends = [0, 0]
+    for group in groups:  # whoever is free takes the next
+        ends[int(ends[1] < ends[0])] += group[0].arm.steps * (len(group) + 1)
+    assert abs(ends[0] - ends[1]) <= 2 * method["P"].steps
     sizes = [len(group) for group in method["groups_of"](runs[:1] * 90)]
     assert sum(sizes) == 90
     assert max(sizes) <= method["MOST_AT_ONCE"]
