@@ -305,21 +305,21 @@ def test_runs_trained_together_are_the_runs_trained_alone_and_repeat(method):
     assert not np.allclose(together[0].test_loss, together[2].test_loss, rtol=1e-4), "other batches"
 
 
-def test_groups_hold_every_run_once_and_keep_two_threads_busy_alike(method):
-    runs = [method["Run"](a, s) for a in (method["NONE"], method["LINEAR"]) for s in range(12)]
-    runs += [method["Run"](method["LONGER"], 0)]
-    groups = method["groups_of"](runs)
+def test_groups_hold_every_run_once_and_keep_two_threads_busy_alike(smoke):
+    runs = [smoke["Run"](a, s) for a in (smoke["NONE"], smoke["LINEAR"]) for s in range(12)]
+    runs += [smoke["Run"](smoke["LONGER"], 0)]
+    groups = smoke["groups_of"](runs)
     assert sorted(id(run) for group in groups for run in group) == sorted(map(id, runs))
     assert all(len({run.arm.steps for run in group}) == 1 for group in groups)
     ends = [0, 0]
     for group in groups:  # whoever is free takes the next
         ends[int(ends[1] < ends[0])] += group[0].arm.steps * (len(group) + 1)
-    assert abs(ends[0] - ends[1]) <= 2 * method["P"].steps
-    sizes = [len(group) for group in method["groups_of"](runs[:1] * 90)]
+    assert abs(ends[0] - ends[1]) <= 2 * smoke["P"].steps
+    sizes = [len(group) for group in smoke["groups_of"](runs[:1] * 90)]
     assert sum(sizes) == 90
-    assert max(sizes) <= method["MOST_AT_ONCE"]
-    with mock.patch.dict(method, DEVICE=torch.device("cuda")):
-        assert method["groups_of"](runs) == [[run] for run in runs]
+    assert max(sizes) <= smoke["MOST_AT_ONCE"]
+    with mock.patch.dict(smoke, DEVICE=torch.device("cuda")):
+        assert smoke["groups_of"](runs) == [[run] for run in runs]
 
 
 def test_arms_are_compared_over_the_seeds_that_both_ran_under(smoke):
