@@ -4,7 +4,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-import IPython.display
 import nbformat
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import verdicts_in
 from tokenbook.parameters import ParameterError
 
 CHAPTER = "shufflemamba"
@@ -46,6 +46,8 @@ def smoke(run_cells):
         ({"patch_size": 8}, "patch_size must divide image_size = 8 into at least 2 patches; got 8"),
         ({"image_size": 16}, "image_size must be 8 for the digits; got 16"),
         ({"batch": 101}, "batch must be at most n_train and n_train_more, 100; got 101"),
+        ({"n_seeds": 1}, "n_seeds_ablations must be at most n_seeds = 1; got 2"),
+        ({"n_seeds_ablations": 0}, "n_seeds_ablations must be a whole number, 1..100; got 0"),
         ({"model": "/nowhere/vim.pth", "scale": "smoke"}, "must be a .safetensors or .pth file that exists"),
         ({"dataset": "/nowhere"}, "dataset must hold images in train/CLASS/; got '/nowhere'"),
     ],
@@ -303,6 +305,36 @@ def test_runs_trained_together_are_the_runs_trained_alone_and_repeat(method):
     assert not np.allclose(together[0].test_loss, together[2].test_loss, rtol=1e-4), "other batches"
 
 
+def test_groups_hold_every_run_once_and_keep_two_threads_busy_alike(smoke):
+    runs = [smoke["Run"](a, s) for a in (smoke["NONE"], smoke["LINEAR"]) for s in range(12)]
+    runs += [smoke["Run"](smoke["LONGER"], 0)]
+    groups = smoke["groups_of"](runs)
+    assert sorted(id(run) for group in groups for run in group) == sorted(map(id, runs))
+    assert all(len({run.arm.steps for run in group}) == 1 for group in groups)
+    ends = [0, 0]
+    for group in groups:  # whoever is free takes the next
+        ends[int(ends[1] < ends[0])] += group[0].arm.steps * (len(group) + 1)
+    assert abs(ends[0] - ends[1]) <= 2 * smoke["P"].steps
+    sizes = [len(group) for group in smoke["groups_of"](runs[:1] * 90)]
+    assert sum(sizes) == 90
+    assert max(sizes) <= smoke["MOST_AT_ONCE"]
+    with mock.patch.dict(smoke, DEVICE=torch.device("cuda")):
+        assert smoke["groups_of"](runs) == [[run] for run in runs]
+
+
+def test_arms_are_compared_over_the_seeds_that_both_ran_under(smoke):
+    none, constant = smoke["NONE"], smoke["CONSTANT"]
+    with mock.patch.dict(smoke["SEEDS_OF"], {constant: range(1, 2)}):
+        for pair in (
+            smoke["tables"]("test_loss", none, constant),
+            smoke["tables"]("test_loss", constant, none),
+        ):
+            assert [len(losses) for losses in pair] == [1, 1]
+        assert len(smoke["tables"]("test_loss", none)[0]) == 2
+        (losses, _) = smoke["tables"]("test_loss", none, constant)
+    np.testing.assert_array_equal(losses[0], smoke["results"][smoke["Run"](none, 1)].test_loss)
+
+
 def test_clipping_is_that_of_torch_model_by_model(method):
     weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 5)}
     for i, w in enumerate(weights.values()):
@@ -340,10 +372,10 @@ def test_sensitivity_is_the_accuracy_lost_and_blind_blocks_lose_none(smoke):
     state = {k: w + 0.5 * torch.randn_like(w) for k, w in run.model().state_dict().items()}
     for i in range(1, smoke["L"]):
         state[f"vim.layers.{i}.mixer.out_proj.weight"].zero_()  # these blocks pass nothing on
-    lost = smoke["sensitivity"]([run], lambda _: state)
-    assert lost.shape == (1, smoke["L"], 50)
-    assert np.abs(lost[0, 0]).max() > 0
-    assert not lost[0, 1:].any()
+    lost = smoke["sensitivity"](run, state)
+    assert lost.shape == (smoke["L"], 50)
+    assert np.abs(lost[0]).max() > 0
+    assert not lost[1:].any()
     net, source = run.model(), run.source
     net.load_state_dict(state)
     images, labels = source.batch("test", torch.arange(50))
@@ -360,7 +392,7 @@ def test_sensitivity_is_the_accuracy_lost_and_blind_blocks_lose_none(smoke):
                 else:
                     hidden, residual = block(hidden, residual)
             hits.append((net.vim.read(hidden, residual).argmax(-1) == labels).double())
-    np.testing.assert_allclose(lost[0, 0], (plain - torch.stack(hits).mean(0)).numpy(), atol=1e-12)
+    np.testing.assert_allclose(lost[0], (plain - torch.stack(hits).mean(0)).numpy(), atol=1e-12)
 
 
 # Verdicts --------------------------------------------------------------------------------------------------
@@ -397,13 +429,8 @@ def verdicts_with(smoke, edit=None, **changes):
     space |= {"EXACT": smoke["EXACT"] | changes.pop("exact", {})} | changes
     if edit:
         edit(smoke | space)
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    wanted = ["before", *[c.id for c in cells][[c.id for c in cells].index("ledger") :]]
-    with mock.patch.dict(smoke, space), mock.patch.object(IPython.display, "display"):
-        for cell in cells:
-            if cell.cell_type == "code" and cell.id in wanted:
-                exec(compile(cell.source, cell.id, "exec"), smoke)
-        return {row["claim"]: row["verdict"] for row in smoke["ledger"].rows()}
+    with mock.patch.dict(smoke, space):
+        return verdicts_in(smoke, CHAPTER, besides=["before"])
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
