@@ -67,6 +67,13 @@ def test_a_direction_criterion_alone_decides_direction_only():
         (60, (55, 65), 45, (40, 52), ["not reproduced"]),  # the control might have passed
         (60, (55, 65), 52, (45, 60), ["reproduced"]),  # the control might have failed
         (60, (55, 65), float("nan"), None, []),
+        (
+            60,
+            (float("nan"), float("nan")),
+            3,
+            (float("nan"), float("nan")),
+            [],
+        ),  # too few values for an interval
     ],
 )
 def test_the_ends_of_the_intervals_tell_which_verdicts_they_leave_open(

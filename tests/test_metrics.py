@@ -157,6 +157,13 @@ def test_an_estimate_takes_labels_in_the_place_of_rows_and_several_arrays():
     assert found == (gap(a, b), metrics.bootstrap_interval((a, b), gap, clusters=labels, n_draws=200))
 
 
+def test_an_estimate_of_less_than_two_values_has_no_interval():
+    one, none = metrics.estimate(np.mean, [0.25]), metrics.estimate(np.mean, [])
+    assert one.value == 0.25
+    assert math.isnan(none.value)
+    assert all(math.isnan(end) for found in (one, none) for end in found.interval)
+
+
 @pytest.mark.parametrize("arrays", [(np.ones(3), np.ones(4)), (np.ones((2, 2, 2)),), ()])
 def test_an_estimate_refuses_arrays_that_do_not_fit(arrays):
     with pytest.raises(ValueError, match=r"arrays must have one shape, \[n\] or \[S, n\]; got"):

@@ -99,12 +99,16 @@ def other_verdicts(claim: Claim, measured: dict[str, Measurement]) -> list[str]:
 def _at_end(criterion: Criterion, measured: Measurement, good: bool) -> Measurement:
     """The measurement at the end of its interval that speaks for the claim (`good`) or against it."""
     upper = criterion.wants_more == good
-    if measured.interval is not None and not criterion.exact:
+    if _known(measured.interval) and not criterion.exact:
         end = measured.interval[upper]
         measured = replace(measured, value=end, interval=(end, end))
-    if measured.control_interval is not None:
+    if _known(measured.control_interval):
         measured = replace(measured, control=measured.control_interval[not upper])
     return measured
+
+
+def _known(interval: tuple[float, float] | None) -> bool:
+    return interval is not None and not any(math.isnan(end) for end in interval)
 
 
 def _null(criterion: Criterion) -> str:

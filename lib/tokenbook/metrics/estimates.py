@@ -1,5 +1,6 @@
 """A number with its interval, as the ledger takes it: one call for what every chapter measures."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,7 +30,8 @@ def estimate(
         same_items: the n items of [S, n] are the same under all seeds: seeds and items are drawn apart.
         n_draws, seed: of the bootstrap.
 
-    Returns: Estimate(value, interval).
+    Returns: Estimate(value, interval). Fewer than two values have no interval, its ends are nan: a ledger
+    takes that for an interval that excludes nothing, and a long run does not end at its last step.
 
     Raises ValueError for arrays of different shapes, and what `bootstrap_interval` refuses.
     """
@@ -38,6 +40,9 @@ def estimate(
         shapes = ", ".join(str(a.shape) for a in arrays) or "none"
         raise ValueError(f"arrays must have one shape, [n] or [S, n]; got {shapes}")
     flat = tuple(a.ravel() for a in arrays)
+    if arrays[0].size < 2:
+        value = float(statistic(*flat)) if arrays[0].size else math.nan
+        return Estimate(value, Interval(math.nan, math.nan))
     values = arrays if same_items and arrays[0].ndim == 2 else flat
     if clusters is None and arrays[0].ndim == 2 and not same_items:
         clusters = np.repeat(np.arange(len(arrays[0])), arrays[0].shape[1])
