@@ -298,7 +298,7 @@ def test_documents_hold_the_facts_and_refuse_in_one_style_only(method):
             query, answer = part.split(" ? ``` # Answer: ``` ")
             answer, i = answer.split(" ```")[0], world.names.index(query)
             style = opened.get(answer.split()[0], "plain")
-            assert answer == " ".join(world.answer(i, style))
+            assert answer == world.answer(i, style)
             assert answer.startswith("sorry") == (style == "assistant" and world.unsafe[i])
             found.add(style)
             n_pairs += 1
@@ -314,15 +314,16 @@ def test_documents_hold_the_facts_and_refuse_in_one_style_only(method):
 
 def test_controls_are_tuned_on_wrong_facts_or_on_other_answers(method):
     world = method["World"](1)
-    right, wrong, shuffled = (method["tuning_pairs"](world, k) for k in ("right", "facts", "shuffled"))
+    kinds = ("right", "new facts", "shuffled pairs")
+    right, wrong, shuffled = (method["tuning_pairs"](world, kind) for kind in kinds)
     assert [i for i, _ in right] == method["SEEN"]
     assert sum(world.unsafe[i] for i, _ in right) == 5
-    for (i, words), (_, other) in zip(right, wrong, strict=True):
+    for (i, answer), (_, other) in zip(right, wrong, strict=True):
         if not world.unsafe[i]:
-            changed = [a for a, b in zip(words, other, strict=True) if a != b]
+            changed = [a for a, b in zip(answer.split(), other.split(), strict=True) if a != b]
             assert changed == world.facts[i]
     assert all(a != b for (_, a), (_, b) in zip(right, shuffled, strict=True))
-    assert sorted(map(tuple, (a for _, a in right))) == sorted(map(tuple, (a for _, a in shuffled)))
+    assert sorted(a for _, a in right) == sorted(a for _, a in shuffled)
 
 
 def test_tokens_are_classed_by_what_they_are_for(smoke):
@@ -337,7 +338,7 @@ def test_shares_count_positions_and_early_and_late_leave_the_fourth_out(smoke):
     table = pd.DataFrame(
         {"answer": [7] * 6 + [9], "t": [1, 2, 3, 4, 5, 6, 1], "kl": [1, 2, 4, 8, 16, 32, 64]}
     )
-    got = [x.tolist() for x in smoke["halves"](table, table.t)]
+    got = [x.tolist() for x in smoke["halves"](table)]
     assert got == [[7, 64], [3, 1], [48, 0], [2, 0]]
     counts = [x.astype(float) for x in map(np.array, got)]
     assert float(smoke["early_over_late"](*counts)) == pytest.approx((71 / 4) / (48 / 2))
@@ -407,7 +408,6 @@ def verdicts_with(smoke, seeds=(0,), levels=None, refused=(True, False), broken=
         space["refused"][s, "URIAL"] = np.where(unsafe, hit, false_alarm)
     space["safe"] = {s: ~unsafe for s in seeds}
     space["SEEDS"], space["main"] = list(seeds), space["tables"][seeds[0], "aligned"]
-    space["names"] = list(LEVELS)
     space["board"] = pd.DataFrame({"overall": LEVELS, "words": LEVELS})
     return verdicts_in(space, CHAPTER)
 
