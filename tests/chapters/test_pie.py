@@ -1,17 +1,14 @@
 """The chapter `pie`: refusals, an independent repair, verdicts lost by a wrong rotation, tiny checkpoints."""
 
-import contextlib
-import io
 import json
 import random
 from types import SimpleNamespace
-from unittest import mock
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pytest
 import torch
+from invented import verdicts_in
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CohereConfig,
@@ -358,16 +355,8 @@ def short(run_cells):
 def judged_again(short):
     """The verdicts when the experiment is done again in the namespace as it stands now."""
 
-    def judge():
-        cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-        again = ("experiment", "exactness-check", "table", "figure-gap", "figure-cosine")
-        with contextlib.redirect_stdout(io.StringIO()), mock.patch("IPython.display.display"):
-            for cell in cells:
-                if cell.id in again or (cell.id.startswith("ledger") and cell.cell_type == "code"):
-                    exec(compile(cell.source, cell.id, "exec"), short.space)
-        return {row["claim"]: row["verdict"] for row in short.space["ledger"].rows()}
-
-    return judge
+    again = ("experiment", "exactness-check", "table", "figure-gap", "figure-cosine")
+    return lambda: verdicts_in(short.space, CHAPTER, besides=again)
 
 
 EARNED = ("P5", "P6", "P7")  # and P2, but for intervals that so few samples leave wide
