@@ -90,6 +90,7 @@ def test_where_less_is_wanted_the_lower_end_speaks_for_the_claim(interval, other
 
 def test_a_criterion_without_an_interval_leaves_nothing_open():
     assert other_verdicts(claim(EXACT), {"error": M(1e-6, None, 0.2)}) == []
+    assert other_verdicts(claim(EXACT), {"error": M(1e-6, (0, 1e-4), 0.2)}) == ["not reproduced"]
 
 
 def test_every_required_criterion_must_hold():

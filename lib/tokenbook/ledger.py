@@ -99,7 +99,7 @@ def other_verdicts(claim: Claim, measured: dict[str, Measurement]) -> list[str]:
 def _at_end(criterion: Criterion, measured: Measurement, good: bool) -> Measurement:
     """The measurement at the end of its interval that speaks for the claim (`good`) or against it."""
     upper = criterion.wants_more == good
-    if _known(measured.interval) and not criterion.exact:
+    if _known(measured.interval):
         end = measured.interval[upper]
         measured = replace(measured, value=end, interval=(end, end))
     if _known(measured.control_interval):
