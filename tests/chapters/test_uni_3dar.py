@@ -1,8 +1,6 @@
 """The chapter `uni-3dar`: refusals, the method done again in plain loops, verdicts, the paper-scale path."""
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import types
@@ -15,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import NOTEBOOKS, verdicts_in
 from tokenbook.parameters import ParameterError
 
 CHAPTER = "uni-3dar"
@@ -32,18 +30,6 @@ def method(run_cells):
 def smoke(run_cells):
     """The whole chapter at smoke scale."""
     return run_cells(CHAPTER, **SMALL)
-
-
-def cells_from(space, first, **changes):
-    """The verdicts when the cells from `first` on run again in a copy of a namespace with changes."""
-    space = dict(space) | changes
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    start = [cell.id for cell in cells].index(first)
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(IPython.display, "display"):
-        for cell in cells[start:]:
-            if cell.cell_type == "code" and not cell.id.startswith("figure") and cell.id != "table":
-                exec(compile(cell.source, cell.id, "exec"), space)
-    return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
 
 
 # Refusals --------------------------------------------------------------------------------------------------
@@ -411,8 +397,8 @@ def test_diffusion_with_a_perfect_denoiser_returns_the_data(method):
 
 
 def test_atoms_as_text_come_back(method):
-    model, s = method["Points"](), method["C0"].heldout
-    ids = model.ids(s.types, s.cells, s.bins, s.present)
+    model, s = method["Points"](), method["held_out"]
+    ids = model.ids(s)
     for i in range(4):
         n = int(s.present[i].sum())
         row = ids[i][ids[i] >= 0]
@@ -441,7 +427,7 @@ def test_the_dipole_of_water_and_of_methane(method):
 
 def test_shuffled_types_keep_places_and_counts(run_cells):
     space = run_cells(CHAPTER, before="jobs", **SMALL)
-    s = space["C0"].train
+    s = space["learned_from"]
     other = space["shuffled"](s, 0)
     assert (np.sort(other.types, 1) == np.sort(s.types, 1)).all()
     assert ((other.types >= 0) == s.present).all()
@@ -499,7 +485,7 @@ TESTED = ("C1", "C2", "C3", "C4", "C6", "C8a", "C8b", "C9")
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
-    got = cells_from(smoke, "ledger", **world(smoke))
+    got = verdicts_in(dict(smoke) | world(smoke), CHAPTER)
     assert {claim: got[claim] for claim in TESTED} == dict.fromkeys(TESTED, "reproduced")
     assert {got[claim] for claim in ("C5", "C7", "C10")} == {"untested"}
 
@@ -522,7 +508,7 @@ def test_a_world_in_which_the_paper_holds_is_called_so(smoke):
     ],
 )
 def test_a_broken_world_costs_the_verdict(smoke, claim, changes):
-    assert cells_from(smoke, "ledger", **world(smoke, **changes))[claim] != "reproduced"
+    assert verdicts_in(dict(smoke) | world(smoke, **changes), CHAPTER)[claim] != "reproduced"
 
 
 def broken_encoders(space):
@@ -553,15 +539,13 @@ def broken_encoders(space):
 
 @pytest.mark.parametrize("how", ["swapped", "reversed", "lost"])
 def test_a_broken_octree_costs_both_verdicts(smoke, how):
-    space = dict(smoke)
+    space = dict(smoke) | world(smoke)
     cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
     source = {cell.id: cell.source for cell in cells}
-    for cell in ("octree", "octree-decode", "tokens", "tokenize"):  # functions that see the copy's globals
+    for cell in ("octree", "octree-decode", "tokens", "tokenize", "corpus"):  # they see the copy's globals
         exec(compile(source[cell], cell, "exec"), space)
     space["octree_encode"] = broken_encoders(space)[how]
-    for cell in ("round-trips", "grids"):
-        exec(compile(source[cell], cell, "exec"), space)
-    got = cells_from(space, "ledger", **world(smoke) | {"grids": space["grids"]})
+    got = verdicts_in(space, CHAPTER, besides=("round-trips", "grids"))
     assert got["C3"] == "not reproduced"
     assert got["C1"] == "not reproduced"
 

@@ -4,7 +4,8 @@ Every molecule is a dictionary with `atom_type` (element symbols) and `atom_pos`
 names of the archives.
 
 Rows with these columns in .jsonl, .parquet or on the hub are read by `tokenbook.hub.load_rows`.
-Used by the chapter `uni-3dar` (2503.16278).
+Only the chapter `uni-3dar` (2503.16278) uses it; it stays here because reading files, and refusing pickles
+that run something, is no part of its method, and a library would read one of the two formats only.
 """
 
 import gzip

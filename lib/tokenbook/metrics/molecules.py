@@ -4,7 +4,8 @@ N molecules of at most M atoms: types [N, M] index into `elements` (-1: no atom)
 angstrom. numpy throughout; O(N M^2).
 
 Source: the evaluation of EDM (Hoogeboom et al., 2203.17003), whose table Uni-3DAR (2503.16278) uses too;
-bonds of H, C, N, O, F as in QM9. Used by the chapter `uni-3dar`.
+bonds of H, C, N, O, F as in QM9. Only the chapter `uni-3dar` uses it; it stays here because a table of bond
+lengths is its measure and no part of its method, and RDKit, which judges otherwise, is no dependency.
 """
 
 import functools
