@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import verdicts_in
 from tokenbook.parameters import ParameterError
 
 CHAPTER = "cross-modal-flow"
@@ -460,17 +459,10 @@ def world(space, changes, n_seeds=3, n=24):
 def verdicts_with(space, monkeypatch, results):
     """The chapter's own cells from the ledger on, over these results."""
     changes = {"results": results, "USED": list(results), "SEEDS": list(results), "able": True}
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    start = [cell.id for cell in cells].index("ledger")
     with monkeypatch.context() as patch:
         for name, value in changes.items():
             patch.setitem(space, name, value)
-        with contextlib.redirect_stdout(None), pytest.MonkeyPatch.context() as quiet:
-            quiet.setattr("IPython.display.display", lambda *a, **k: None)
-            for cell in cells[start:]:
-                if cell.cell_type == "code":
-                    exec(compile(cell.source, cell.id, "exec"), space)
-        return {row["claim"]: row["verdict"] for row in space["ledger"].rows()}
+        return verdicts_in(space, CHAPTER)
 
 
 def test_a_world_in_which_the_paper_holds_is_called_so(learned, monkeypatch):
