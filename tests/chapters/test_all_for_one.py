@@ -370,7 +370,8 @@ def test_the_planted_subgraph_is_found(judged, planted):
 
 
 def test_masks_that_block_nothing_cost_both_verdicts(judged, planted, monkeypatch):
-    monkeypatch.setitem(judged, "self_peek", lambda n: torch.zeros(n, n, dtype=torch.bool))
+    for mask in ("self_peek", "full_peek"):
+        monkeypatch.setitem(judged, mask, lambda n: torch.zeros(n, n, dtype=torch.bool))
     assert "reproduced" not in planted_verdicts(judged, planted).values()
 
 
