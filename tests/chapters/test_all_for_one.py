@@ -314,6 +314,7 @@ def test_masks_and_cuts_block_the_edges_that_they_name(workshop):
     causal = [set(range(t + 1)) for t in range(T)]
     assert seen(peek(T, "causal")) == causal
     assert seen(peek(T, "self")) == alone
+    assert seen(peek(T, "self", operands=(1, 3))) == alone
     assert seen(peek(T, "full")) == [*alone[:-1], causal[-1]]
     assert seen(peek(T, "operands", operands=(1, 3))) == [*alone[:-1], {0, 1, 3, 5}]
     assert seen(cut(peek(T, "causal"), "last")) == [*causal[:-1], {0, 5}]
