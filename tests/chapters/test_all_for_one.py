@@ -43,7 +43,8 @@ def checkpoints(workshop, tmp_path_factory):
     folders = {}
     for name in CLASSES:
         plan = workshop["plan_of"](*["causal"] * 5)
-        model = workshop["train"](name, workshop[name], plan, seed=0, n_steps=250)
+        untrained = workshop["new_model"](workshop[name], seed=0)
+        model = workshop["train"](name, untrained, plan, seed=0, n_steps=250)
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
         workshop["tokenizer"].save_pretrained(folders[name])
@@ -81,9 +82,8 @@ def test_the_paper_scale_path_runs_on_a_local_checkpoint(run_cells, checkpoints,
 
 def test_a_model_that_solves_hardly_anything_is_not_judged(run_cells, workshop, tmp_path):
     plan = workshop["plan_of"](*["causal"] * 5)
-    workshop["train"]("dull", workshop["LlamaForCausalLM"], plan, seed=0, n_steps=20).save_pretrained(
-        tmp_path
-    )
+    untrained = workshop["new_model"](workshop["LlamaForCausalLM"], seed=0)
+    workshop["train"]("dull", untrained, plan, seed=0, n_steps=20).save_pretrained(tmp_path)
     workshop["tokenizer"].save_pretrained(tmp_path)
     rows = run_cells(CHAPTER, model=str(tmp_path), **TINY)["ledger"].rows()
     assert {row["verdict"] for row in rows} == {"untested"}
@@ -314,6 +314,7 @@ def test_masks_and_cuts_block_the_edges_that_they_name(workshop):
     causal = [set(range(t + 1)) for t in range(T)]
     assert seen(peek(T, "causal")) == causal
     assert seen(peek(T, "self")) == alone
+    assert seen(peek(T, "self", operands=(1, 3))) == alone
     assert seen(peek(T, "full")) == [*alone[:-1], causal[-1]]
     assert seen(peek(T, "operands", operands=(1, 3))) == [*alone[:-1], {0, 1, 3, 5}]
     assert seen(cut(peek(T, "causal"), "last")) == [*causal[:-1], {0, 5}]
@@ -327,7 +328,8 @@ def test_masks_and_cuts_block_the_edges_that_they_name(workshop):
 def planted(workshop):
     """A planted model that has learned one-digit sums, at smoke size."""
     narrow = workshop["af1_plan"](5, 2, 2)
-    model = workshop["train"]("planted", workshop["LlamaForCausalLM"], narrow, seed=0, n_steps=600)
+    untrained = workshop["new_model"](workshop["LlamaForCausalLM"], seed=0)
+    model = workshop["train"]("planted", untrained, narrow, seed=0, n_steps=600)
     return model, narrow
 
 
@@ -369,7 +371,8 @@ def test_the_planted_subgraph_is_found(judged, planted):
 
 
 def test_masks_that_block_nothing_cost_both_verdicts(judged, planted, monkeypatch):
-    monkeypatch.setitem(judged, "self_peek", lambda n: torch.zeros(n, n, dtype=torch.bool))
+    for mask in ("self_peek", "full_peek"):
+        monkeypatch.setitem(judged, mask, lambda n: torch.zeros(n, n, dtype=torch.bool))
     assert "reproduced" not in planted_verdicts(judged, planted).values()
 
 
