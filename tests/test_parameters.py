@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tokenbook import papers
-from tokenbook.chapter import Parameters, _injected
+from tokenbook.chapter import Parameters, _injected, refuse_if
 from tokenbook.parameters import ParameterError, Spec, read_cell
 
 CELL = """\
@@ -136,6 +136,12 @@ def test_text_that_is_not_of_the_type_is_refused(spec, name, text):
 def test_what_papermill_injects_is_seen():
     assert _injected(["", "x = 1", "# Parameters\nn_edit = 3\nseed = 1\n"]) == ["n_edit", "seed"]
     assert _injected(["", "x = 1"]) == []
+
+
+def test_what_does_not_fit_together_stops_the_run_with_the_sentence():
+    refuse_if(7 % 7, "gates must divide features = 7; got 7")
+    with pytest.raises(ParameterError, match=r"^gates must divide features = 7; got 2$"):
+        refuse_if(7 % 2, "gates must divide features = 7; got 2")
 
 
 def test_parameters_are_read_only(spec):

@@ -23,7 +23,16 @@ from tokenbook.parameters import ParameterError, Spec, type_name
 # tqdm (through transformers) says this once in every kernel that has no widgets; saved notebooks keep stderr.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-__all__ = ["Chapter", "Ledger", "LedgerError", "ParameterError", "Parameters"]
+__all__ = ["Chapter", "Ledger", "LedgerError", "ParameterError", "Parameters", "refuse_if"]
+
+
+def refuse_if(wrong: Any, sentence: str) -> None:
+    """Stop the run with ParameterError if something is `wrong`.
+
+    `sentence`: which parameter, what it takes, what it got.
+    """
+    if wrong:
+        raise ParameterError(sentence)
 
 
 class Parameters:
