@@ -341,7 +341,7 @@ def test_filtering_lowers_what_counts_can_tell(smoke):
     fair, telling = (torch.randint(100, 200, (60, 20), generator=draw) for _ in range(2))
     telling[:, :6] = 50
     tokenizer, is_train = smoke["tokenizer"], np.arange(60) < 40
-    chosen = smoke["least_telling"](human, [telling, fair, telling], is_train, tokenizer)
+    chosen = smoke["least_telling"](human, torch.stack((telling, fair, telling)), is_train, tokenizer)
     assert (chosen == fair).all(1).double().mean() > 0.9
 
 
