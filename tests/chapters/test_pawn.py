@@ -537,7 +537,7 @@ def a_world_where_the_paper_holds(smoke):
         for arm, lift in {**unseen, "shuffled": 0.0}.items():
             runs |= {(arm, f"attack: {attack}", s): noise(50 + s, lift=lift) for s in (0, 1)}
     for k, t in enumerate(("shuffled", "human", "untrained")):
-        runs |= {("PAWN", t, s): noise(60 + 2 * k + s) for s in (0, 1)}
+        runs |= {("PAWN", t, s): noise(60 + k) for s in (0, 1)}
     runs |= {(name, "id", 0): noise(70, lift=0.05) for name in ("zero", "surface", "vocabulary")}
     return runs
 
