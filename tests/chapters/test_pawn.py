@@ -1,14 +1,14 @@
 """The chapter `pawn`: refusals, the method done again in loops, verdicts, the paper-scale path."""
 
-import contextlib
 import copy
-import io
+import inspect
 import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import rows_in
 from tokenbook.parameters import ParameterError
 
-CHAPTER = "pawn"
+CHAPTER, ROOT = "pawn", Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +341,7 @@ def test_filtering_lowers_what_counts_can_tell(smoke):
     fair, telling = (torch.randint(100, 200, (60, 20), generator=draw) for _ in range(2))
     telling[:, :6] = 50
     tokenizer, is_train = smoke["tokenizer"], np.arange(60) < 40
-    chosen = smoke["least_telling"](human, [telling, fair, telling], is_train, tokenizer)
+    chosen = smoke["least_telling"](human, torch.stack((telling, fair, telling)), is_train, tokenizer)
     assert (chosen == fair).all(1).double().mean() > 0.9
 
 
@@ -372,9 +372,68 @@ def test_edits_change_machine_text_behind_the_prompt_only(smoke, name):
 
 def test_drops_compare_the_same_texts(smoke):
     (t,) = smoke["SHIFTS"]["domain"]
-    wanted = smoke["scores_of"](smoke["trained"][smoke["Job"]("PAWN", "id", 0)], smoke["tasks"][t])
-    found = smoke["id_on_folds"]("PAWN", "domain")[0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    for s in (0, 1):
+        wanted = smoke["scores_of"](smoke["trained"][smoke["Job"]("PAWN", "id", s)], smoke["tasks"][t])
+        found = smoke["id_on_folds"]("PAWN", "domain")[0, s]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["shuffled", "human"])
+def test_every_seed_shuffles_the_training_labels_in_its_own_way(smoke, name):
+    task = smoke["tasks"][name]
+    one, again, two = (task.labels(seed) for seed in (0, 0, 1))
+    assert (one == again).all()
+    assert (one[task.train] != two[task.train]).any()
+    assert one[task.train].mean() == task.label[task.train].mean()
+    rest = np.setdiff1d(np.arange(len(one)), task.train)
+    assert (one[rest] == task.label[rest]).all()
+    true = smoke["tasks"]["id"]
+    assert (true.labels(1) == true.label).all()
+
+
+def test_intervals_draw_seeds_with_shared_pairs_and_folds_with_their_own(smoke):
+    """Against `metrics.estimate` on the items themselves, for a statistic that is a mean over items."""
+    runs = np.random.default_rng(0).normal(size=(3, 2, 2, 40))  # rows, seeds, classes, pairs
+    excess = lambda h, m: (m - h).mean(-1)  # noqa: E731
+    items = (runs[:, :, 1] - runs[:, :, 0]).mean(1)
+    for same_items in (True, False):
+        found = smoke["with_interval"](smoke["mean_of"](excess), runs, same_items=same_items)
+        wanted = smoke["metrics"].estimate(np.mean, items, same_items=same_items, n_draws=500, seed=0)
+        assert found.value == pytest.approx(wanted.value)
+        assert found.interval == pytest.approx(wanted.interval)
+
+
+def test_every_control_that_is_a_statistic_of_texts_has_its_interval(smoke):
+    """The others are an exact zero, a largest change, a count."""
+    bare = {
+        (row["claim"], criterion["id"])
+        for row in smoke["ledger"].rows()
+        for criterion in row["criteria"]
+        if criterion["control"] is not None and criterion["control_interval"] is None
+    }
+    assert bare == {("P10", "ensemble_gain"), ("C1", "constant_metrics_change")}
+
+
+def test_texts_come_from_packages_at_one_version_and_no_more_is_read_than_needed(smoke, monkeypatch):
+    lock = (ROOT / "requirements.lock").read_text().lower()
+    assert all(re.search(rf"^{package}==", lock, re.M) for package in smoke["DOMAINS"].values())
+    parsed, original = [], smoke["docstrings"]
+    monkeypatch.setitem(smoke, "docstrings", lambda path: parsed.append(path) or original(path))
+    for domain in smoke["DOMAINS"]:
+        before = len(parsed)
+        files, size = smoke["read_domain"](domain), smoke["P"].corpus_size
+        assert sum(map(len, files[:-1])) < size <= sum(map(len, files))
+        assert max(map(len, files)) <= size // 16
+        assert files[-1] == original(parsed[-1])[: size // 16]  # nothing is parsed behind the last one kept
+        assert len(parsed) > before
+
+
+def test_no_file_gives_more_than_an_eighth_of_a_part(smoke):
+    parts = smoke["split_files"]([[k] * 900 for k in range(40)], np.random.default_rng(0))
+    for part, n in (("test", smoke["P"].n_test), ("train", smoke["P"].n_train)):
+        need = n * len(smoke["SAMPLERS"])
+        assert len(parts[part]) == need
+        assert np.bincount([window[0] for window in parts[part]]).max() <= math.ceil(need / 8)
 
 
 def test_a_position_is_named_after_the_token_it_judges(smoke, monkeypatch):
@@ -438,13 +497,7 @@ def verdicts_with(smoke, runs, **changes):
     """The ledger's rows when runs are replaced; the rest of the run stays."""
     space = dict(smoke) | changes
     space["runs"] = smoke["runs"] | runs
-    cells = nbformat.read(NOTEBOOKS / f"{CHAPTER}.ipynb", as_version=4).cells
-    start, end = ([cell.id for cell in cells].index(name) for name in ("measures", "check-end"))
-    for cell in cells[start:end]:
-        if cell.cell_type == "code" and not cell.id.startswith(("figure", "table", "gate")):
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(cell.source, cell.id, "exec"), space)
-    return {row["claim"]: row for row in space["ledger"].rows()}
+    return rows_in(space, CHAPTER, first="measures", without=("figure", "table", "gate"))
 
 
 def noise(seed, n=200, lift=0.0, shift=0.0):
@@ -478,12 +531,13 @@ def a_world_where_the_paper_holds(smoke):
         for t in names:
             for arm, lift in unseen.items():
                 if kind == "domain" or arm in ("PAWN", "fine-tuned"):
-                    runs[arm, t, 0] = noise(30, lift=lift, shift=1.5 * (arm == "fine-tuned"))
+                    shift = 1.5 * (arm == "fine-tuned")
+                    runs |= {(arm, t, s): noise(30 + s, lift=lift, shift=shift) for s in (0, 1)}
     for attack in smoke["ATTACKS"]:
-        for arm, lift in unseen.items():
-            runs |= {(arm, f"attack: {attack}", s): noise(50, lift=lift) for s in (0, 1)}
-        runs["shuffled", f"attack: {attack}", 0] = noise(51)
-    runs |= {("PAWN", t, 0): noise(60 + k) for k, t in enumerate(("shuffled", "human", "untrained"))}
+        for arm, lift in {**unseen, "shuffled": 0.0}.items():
+            runs |= {(arm, f"attack: {attack}", s): noise(50 + s, lift=lift) for s in (0, 1)}
+    for k, t in enumerate(("shuffled", "human", "untrained")):
+        runs |= {("PAWN", t, s): noise(60 + k) for s in (0, 1)}
     runs |= {(name, "id", 0): noise(70, lift=0.05) for name in ("zero", "surface", "vocabulary")}
     return runs
 
@@ -583,12 +637,11 @@ def tiny_checkpoint(folder, kind, texts, vocab_size=300):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A folder with train.jsonl and test.jsonl in the form of MAGE: text, label (1 = human), src."""
-    from pydoc_data import topics
-
     folder = tmp_path_factory.mktemp("mage")
-    lines = [
-        line for text in list(topics.topics.values())[:20] for line in text.split("\n") if len(line) > 40
-    ]
+    text = "\n".join(
+        inspect.getdoc(function) for function in (np.einsum, np.block, np.histogram, np.pad, np.quantile)
+    )
+    lines = [line for line in text.split("\n") if len(line) > 40]
     rows = [
         {
             "text": line if human else " ".join(sorted(line.split())),
