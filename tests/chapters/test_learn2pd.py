@@ -766,6 +766,14 @@ def paper_scale(folder, **changes):
     )
 
 
+def test_braces_in_solved_examples_are_text(method):
+    """LaTeX has them, as in the questions of MATH."""
+    questions = object.__new__(method["Questions"])
+    questions.shots, questions.encode = "Question: {x}\nAnswer: {}\n\n", lambda text: text
+    wanted = ["Question: {x}\nAnswer: {}\n\nQuestion: {y}?\nAnswer:", "as it {is}"]
+    assert questions.prompts([{"question": "{y}?"}, {"inputs": "as it {is}"}]) == wanted
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_paper_scale_runs_through_the_same_cells(run_cells, tiny):
     space = run_cells(CHAPTER, **paper_scale(tiny))
