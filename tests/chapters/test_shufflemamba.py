@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest import mock
 
 import nbformat
@@ -333,6 +334,14 @@ def test_arms_are_compared_over_the_seeds_that_both_ran_under(smoke):
         assert len(smoke["tables"]("test_loss", none)[0]) == 2
         (losses, _) = smoke["tables"]("test_loss", none, constant)
     np.testing.assert_array_equal(losses[0], smoke["results"][smoke["Run"](none, 1)].test_loss)
+
+
+def test_arms_of_the_usual_size_are_held_against_the_baseline_under_all_seeds(smoke):
+    none, linear, size = smoke["NONE"], smoke["LINEAR"], smoke["P"].n_train
+    wanted = smoke["reductions"](linear)
+    again = [replace(arm, name=f"{arm.name}, {size} images") for arm in (none, linear)]
+    with mock.patch.dict(smoke["BY_SIZE"], {size: again}):
+        np.testing.assert_array_equal(smoke["reductions"](linear), wanted)
 
 
 def test_clipping_is_that_of_torch_model_by_model(method):
