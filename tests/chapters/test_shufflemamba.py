@@ -579,6 +579,12 @@ def test_paper_scale_trains_on_a_folder_of_images(run_cells, folder):
     assert space["ledger"].verdict("S4") == "reproduced"
 
 
+def test_a_batch_of_more_images_than_the_folder_has_is_refused(run_cells, folder):
+    given = {**TINY, "dataset": str(folder), "config": "tiny", "batch": 17}
+    with pytest.raises(ParameterError, match="batch must be at most 16, all training images; got 17"):
+        run_cells(CHAPTER, before="train", scale="paper", **given)
+
+
 def test_images_of_a_folder_are_cropped_scaled_and_normalised(run_cells, folder):
     space = run_cells(CHAPTER, before="train", scale="paper", dataset=str(folder), config="tiny", **TINY)
     source = space["FOLDER"]
