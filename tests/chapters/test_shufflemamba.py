@@ -344,6 +344,13 @@ def test_arms_of_the_usual_size_are_held_against_the_baseline_under_all_seeds(sm
         np.testing.assert_array_equal(smoke["reductions"](linear), wanted)
 
 
+def test_linear_does_not_run_a_second_time_under_the_name_of_its_rate(run_cells):
+    space = run_cells(CHAPTER, before="fit-all", scale="smoke", rates=[0.2, 0.9], shuffle_rate=0.9)
+    names = [arm.name for arm in space["SEEDS_OF"]]
+    assert "linear 0.2" in names
+    assert "linear 0.9" not in names
+
+
 def test_clipping_is_that_of_torch_model_by_model(method):
     weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 5)}
     for i, w in enumerate(weights.values()):
