@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest import mock
 
 import nbformat
@@ -335,6 +336,21 @@ def test_arms_are_compared_over_the_seeds_that_both_ran_under(smoke):
     np.testing.assert_array_equal(losses[0], smoke["results"][smoke["Run"](none, 1)].test_loss)
 
 
+def test_arms_of_the_usual_size_are_held_against_the_baseline_under_all_seeds(smoke):
+    none, linear, size = smoke["NONE"], smoke["LINEAR"], smoke["P"].n_train
+    wanted = smoke["reductions"](linear)
+    again = [replace(arm, name=f"{arm.name}, {size} images") for arm in (none, linear)]
+    with mock.patch.dict(smoke["BY_SIZE"], {size: again}):
+        np.testing.assert_array_equal(smoke["reductions"](linear), wanted)
+
+
+def test_linear_does_not_run_a_second_time_under_the_name_of_its_rate(run_cells):
+    space = run_cells(CHAPTER, before="fit-all", scale="smoke", rates=[0.2, 0.9], shuffle_rate=0.9)
+    names = [arm.name for arm in space["SEEDS_OF"]]
+    assert "linear 0.2" in names
+    assert "linear 0.9" not in names
+
+
 def test_clipping_is_that_of_torch_model_by_model(method):
     weights = {"a": torch.zeros(2, 3, 4), "b": torch.zeros(2, 5)}
     for i, w in enumerate(weights.values()):
@@ -568,6 +584,12 @@ def test_paper_scale_trains_on_a_folder_of_images(run_cells, folder):
     assert all(np.isfinite(r.test_loss).all() and len(r.test_loss) == 8 for r in space["results"].values())
     assert space["lost"]["no shuffle"].shape == (1, 2, 8)
     assert space["ledger"].verdict("S4") == "reproduced"
+
+
+def test_a_batch_of_more_images_than_the_folder_has_is_refused(run_cells, folder):
+    given = {**TINY, "dataset": str(folder), "config": "tiny", "batch": 17}
+    with pytest.raises(ParameterError, match="batch must be at most 16, all training images; got 17"):
+        run_cells(CHAPTER, before="train", scale="paper", **given)
 
 
 def test_images_of_a_folder_are_cropped_scaled_and_normalised(run_cells, folder):
