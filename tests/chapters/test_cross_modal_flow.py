@@ -465,6 +465,14 @@ def verdicts_with(space, monkeypatch, results):
         return verdicts_in(space, CHAPTER)
 
 
+def test_flows_named_twice_are_followed_once(run_cells):
+    six = run_cells(CHAPTER, before="cross-modal-flow-08", scale="smoke")["SIX"]
+    space = run_cells(CHAPTER, before="jobs", scale="smoke", flows=[*six, six[0], "All->Last"])
+    for cuts in space["CUTS"].values():
+        assert len(cuts) == len(set(cuts))
+        assert {flow for flow, _ in cuts} >= {*six, "All->Last"}
+
+
 def test_a_world_in_which_the_paper_holds_is_called_so(learned, monkeypatch):
     got = verdicts_with(learned, monkeypatch, world(learned, {}))
     assert {claim for claim, verdict in got.items() if verdict == "reproduced"} == {
