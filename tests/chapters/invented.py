@@ -2,12 +2,11 @@
 
 import contextlib
 import io
-from pathlib import Path
 from unittest import mock
 
 import nbformat
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+from tests.chapters.conftest import NOTEBOOKS
 
 
 def rows_in(space, chapter, first="ledger", besides=(), without=()):

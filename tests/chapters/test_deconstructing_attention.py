@@ -8,10 +8,10 @@ import types
 import numpy as np
 import pytest
 import torch
-from invented import verdicts_in
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from tests.chapters.invented import verdicts_in
 from tokenbook.parameters import ParameterError
 
 CHAPTER = "deconstructing-attention"

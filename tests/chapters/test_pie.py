@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from invented import verdicts_in
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CohereConfig,
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import verdicts_in
 from tokenbook.kernels import rope
 from tokenbook.parameters import ParameterError, Spec
 from tokenbook.runs import sweeps

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.chapters.invented import NOTEBOOKS, verdicts_in
+from tests.chapters.conftest import NOTEBOOKS
+from tests.chapters.invented import verdicts_in
 from tokenbook.parameters import ParameterError
 
 CHAPTER = "uni-3dar"
